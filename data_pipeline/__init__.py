@@ -1,0 +1,1 @@
+"""Raw images -> shards and a manifest -> a deterministic stream of batches. Knows no model."""

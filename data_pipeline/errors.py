@@ -1,0 +1,64 @@
+"""Errors a user can mend, and the one place where command lines turn them into a message."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+from collections.abc import Callable
+from typing import NoReturn
+
+USER_ERROR_EXIT = 2
+INTERRUPTED_EXIT = 130
+
+
+class UserError(Exception):
+    """A mistake or a missing thing that the user can mend.
+
+    Its text says what is wrong, where, and what would be right; it is shown without a traceback.
+    """
+
+
+class ConfigError(UserError):
+    """A config value that is unknown or impossible: names the key's path, the value and the remedy."""
+
+
+class DataError(UserError):
+    """Missing, damaged or unsuitable data: names the file and the remedy."""
+
+
+def disk_message(error: OSError) -> str | None:
+    """The message for an `OSError` that the user can mend (disk full, no permission), else None."""
+    where = f" while writing {error.filename}" if error.filename else ""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk is full{where}. Free some space and run the same command again: nothing earlier was lost."
+    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"permission denied{where or ''}: {error}. Choose a folder that you can write to."
+    return None
+
+
+def exit_with(message: str, code: int = USER_ERROR_EXIT) -> NoReturn:
+    """Print `error: message` on stderr and end the process with `code`."""
+    sys.stdout.flush()
+    print(f"error: {message}", file=sys.stderr, flush=True)
+    raise SystemExit(code)
+
+
+def run_cli(main: Callable[[], int | None]) -> NoReturn:
+    """Run a command line's `main`; user errors become one message and exit code 2, Ctrl-C 130."""
+    try:
+        code = main()
+    except UserError as error:
+        exit_with(str(error))
+    except KeyboardInterrupt:
+        exit_with("interrupted.", INTERRUPTED_EXIT)
+    except BrokenPipeError:
+        # The reader of our output (`| head`) went away: not an error, but Python would complain at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(0) from None
+    except OSError as error:
+        message = disk_message(error)
+        if message is None:
+            raise
+        exit_with(message)
+    raise SystemExit(code or 0)

@@ -1,0 +1,108 @@
+"""The same run on any ZeRO stage and number of processes; resumed bit for bit, or on another layout.
+
+Real DeepSpeed with one and two real processes. Scenarios of one number of processes share a process life, since
+starting one takes seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from ranks import run_ranks
+from safetensors.torch import load_file
+
+HALF, FULL = 24, 48
+IMPORTANCE = ["diffusion.objective=vlb", "diffusion.timestep_sampler=loss_second_moment", "diffusion.num_timesteps=4"]
+
+
+def weights(run: Path, nimg: int = FULL) -> dict[str, torch.Tensor]:
+    export = run / "exports" / f"{nimg:012d}"
+    tensors = {}
+    for kind in ("model", "ema"):
+        tensors |= {f"{kind}.{name}": t for name, t in load_file(export / f"{kind}.safetensors").items()}
+    return tensors
+
+
+def largest_difference(run: Path, other: Path) -> float:
+    ours, theirs = weights(run), weights(other)
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+
+
+def losses(run: Path) -> dict[int, float]:
+    found = {}
+    for path in run.glob("metrics.*.jsonl"):
+        for line in path.read_text().splitlines():
+            record = json.loads(line)
+            found[record["nimg"]] = record["values"]["train/loss"]
+    return found
+
+
+@pytest.fixture(scope="module")
+def runs(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folders s<stage>w<processes>: whole runs; resumed-*: runs stopped half way and continued."""
+    base = tmp_path_factory.mktemp("layouts")
+
+    def train(world: int, scenarios: list[list[str]]) -> None:
+        spec = base / "spec.json"
+        spec.write_text(json.dumps({"config": str(tiny_config), "runs": scenarios}))
+        run_ranks(["tests/trainer/train_scenarios.py", str(spec)], world)
+
+    def scenario(name: str, stage: int, *more: str) -> list[str]:
+        return [f"run.folder={base / name}", f"engine.zero_stage={stage}", *more]
+
+    for world in (1, 2):
+        whole = [scenario(f"s{stage}w{world}", stage) for stage in (0, 1, 2, 3)]
+        half = [scenario(f"half-s{s}w{world}", s, f"train.budget_images={HALF}") for s in (1, 2, 3)]
+        vlb = [scenario("vlb", 2, *IMPORTANCE), scenario("half-vlb", 2, *IMPORTANCE, f"train.budget_images={HALF}")]
+        train(world, whole + half + (vlb if world == 2 else []))
+    for source, target in [(f"half-s{s}w2", f"resumed-s{s}w2") for s in (1, 2, 3)] + [
+        ("half-vlb", "resumed-vlb"), ("half-s3w2", "moved-s3w2-to-s1w1"), ("half-s1w1", "moved-s1w1-to-s3w2"),
+        ("half-s2w2", "moved-s2w2-to-s0w2"),
+    ]:  # fmt: skip
+        shutil.copytree(base / source, base / target)
+    train(2, [scenario(f"resumed-s{s}w2", s) for s in (1, 2, 3)] + [
+        scenario("resumed-vlb", 2, *IMPORTANCE), scenario("moved-s1w1-to-s3w2", 3), scenario("moved-s2w2-to-s0w2", 0),
+    ])  # fmt: skip
+    train(1, [scenario("moved-s3w2-to-s1w1", 1)])
+    return base
+
+
+@pytest.mark.parametrize("world", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_layout_trains_the_same_weights(runs: Path, stage: int, world: int) -> None:
+    assert largest_difference(runs / f"s{stage}w{world}", runs / "s0w1") < 2e-6
+    expected = losses(runs / "s0w1")
+    found = losses(runs / f"s{stage}w{world}")
+    assert found.keys() == expected.keys()
+    assert all(found[n] == pytest.approx(expected[n], rel=1e-5) for n in expected)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_resume_on_the_same_layout_is_bit_exact(runs: Path, stage: int) -> None:
+    resumed, straight = runs / f"resumed-s{stage}w2", runs / f"s{stage}w2"
+    assert (resumed / f"metrics.{HALF}.jsonl").exists()  # it did resume, not start again
+    assert largest_difference(resumed, straight) == 0.0
+    assert losses(resumed)[FULL] == losses(straight)[FULL]
+
+
+def test_importance_sampling_history_survives_a_resume(runs: Path) -> None:
+    assert largest_difference(runs / "resumed-vlb", runs / "vlb") == 0.0
+    [*_, checkpoint] = sorted((runs / "vlb" / "checkpoints").iterdir())
+    state, resumed = (
+        load_file(runs / name / "checkpoints" / checkpoint.name / "sampler.safetensors") for name in ("vlb", "resumed-vlb")
+    )
+    assert int(state["counts"].sum()) == FULL  # every image's loss was taken in, over both processes
+    assert all(torch.equal(state[key], resumed[key]) for key in state)
+
+
+@pytest.mark.parametrize("name", ["moved-s3w2-to-s1w1", "moved-s1w1-to-s3w2", "moved-s2w2-to-s0w2"])
+def test_a_run_moves_to_another_layout(runs: Path, name: str) -> None:
+    moved = runs / name
+    assert (moved / f"metrics.{HALF}.jsonl").exists()
+    assert largest_difference(moved, runs / "s0w1") < 2e-6
+    assert losses(moved)[FULL] == pytest.approx(losses(runs / "s0w1")[FULL], rel=1e-4)

@@ -1,0 +1,287 @@
+"""A run is its config: one typed, validated tree.
+
+YAML files may inherit (`base: other.yaml`, relative to the file); the command line overrides with
+`section.key=value`. Whatever is unknown or impossible is refused here, with the key's path, the value and the
+remedy, before anything starts. The resolved tree travels in every checkpoint and export.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal, TypeVar, get_args
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from data_pipeline.errors import ConfigError
+from data_pipeline.files import write_atomic
+
+
+class Section(BaseModel):
+    """A part of the tree: typed, unknown keys refused, immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
+
+
+class DataConfig(Section):
+    train: Path = Field(description="folder of the training split's shards")
+    random_flip: bool = True  # mirror half of the images, chosen by (seed, image number)
+    num_threads: int = Field(1, ge=1, le=64)  # decoding threads a process
+    prefetch: int = Field(2, ge=1, le=64)  # batches kept ready ahead of the training step
+
+
+class ModelConfig(Section):
+    """The Improved DDPM UNet (Nichol & Dhariwal 2021, section 3 and appendix A)."""
+
+    name: Literal["unet"] = "unet"
+    image_size: int = Field(ge=4)
+    channels: int = Field(ge=4, description="width C of the first level")
+    channel_mult: tuple[int, ...] = Field(min_length=1)  # width of each level, in units of C
+    num_res_blocks: int = Field(ge=1)  # per encoder level; the decoder has one more
+    attention_resolutions: tuple[int, ...] = (16, 8)  # feature map sizes with self-attention
+    num_heads: int = Field(4, ge=1)
+    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    num_classes: int = Field(0, ge=0)  # 0: unconditional
+    use_scale_shift_norm: bool = True  # time enters as GroupNorm(h) * (1 + scale) + shift
+    low_res_size: int = Field(0, ge=0)  # > 0: super-resolution net, conditioned on images of this size
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> ModelConfig:
+        factor = 2 ** (len(self.channel_mult) - 1)
+        if self.image_size % factor:
+            raise ValueError(
+                f"model.image_size={self.image_size} cannot be halved {len(self.channel_mult) - 1} times; "
+                f"with {len(self.channel_mult)} levels in model.channel_mult use a multiple of {factor}"
+            )
+        sizes = [self.image_size // 2**level for level in range(len(self.channel_mult))]
+        for mult, size in zip(self.channel_mult, sizes, strict=True):
+            width = mult * self.channels
+            if size in self.attention_resolutions and width % self.num_heads:
+                raise ValueError(
+                    f"model.channels={self.channels}: the {size}x{size} level has {width} channels, which "
+                    f"model.num_heads={self.num_heads} does not divide; choose channels as a multiple of num_heads"
+                )
+        if (self.channel_mult[-1] * self.channels) % self.num_heads:
+            raise ValueError(
+                f"model.channels={self.channels}: the middle block has {self.channel_mult[-1] * self.channels} "
+                f"channels, which model.num_heads={self.num_heads} does not divide"
+            )
+        if self.channels % 2:
+            raise ValueError(f"model.channels={self.channels} must be even (sine and cosine halves of the embedding)")
+        if self.low_res_size and (self.low_res_size >= self.image_size or self.image_size % self.low_res_size):
+            raise ValueError(
+                f"model.low_res_size={self.low_res_size} must divide model.image_size={self.image_size} and be smaller"
+            )
+        return self
+
+
+class DiffusionConfig(Section):
+    num_timesteps: int = Field(4000, ge=2)  # T
+    schedule: Literal["linear", "cosine"] = "cosine"
+    objective: Literal["simple", "hybrid", "vlb"] = "hybrid"
+    variance: Literal["learned_range", "fixed_small", "fixed_large"] = "learned_range"
+    # L_hybrid = L_simple + vlb_weight * L_vlb. The reference with its rescaling flags uses 0.001, without them 1/T.
+    vlb_weight: float = Field(0.001, gt=0)
+    timestep_sampler: Literal["uniform", "loss_second_moment"] = "uniform"
+    rescale_timesteps: bool = True  # the network sees t * 1000 / T
+
+    @model_validator(mode="after")
+    def _objective_fits(self) -> DiffusionConfig:
+        learned = self.variance == "learned_range"
+        if self.objective == "hybrid" and not learned:
+            raise ValueError(
+                f"diffusion.objective=hybrid learns the variance, but diffusion.variance={self.variance}; "
+                "use variance=learned_range, or objective=simple"
+            )
+        if self.objective == "simple" and learned:
+            raise ValueError(
+                "diffusion.objective=simple gives a learned variance no gradient; "
+                "use diffusion.variance=fixed_small or fixed_large, or objective=hybrid"
+            )
+        if self.schedule == "linear" and self.num_timesteps <= 20:
+            raise ValueError(
+                f"diffusion.num_timesteps={self.num_timesteps} is too few for the linear schedule (beta reaches 1); "
+                "use more than 20, or schedule=cosine"
+            )
+        return self
+
+
+class SampleGridConfig(Section):
+    """A PNG of samples beside every export."""
+
+    num_images: int = Field(0, ge=0)  # 0: none
+    num_steps: int = Field(50, ge=1)
+    sampler: Literal["ancestral", "ddim"] = "ddim"
+
+
+class TrainConfig(Section):
+    global_batch: int = Field(ge=1)  # images a step, over all processes
+    micro_batch: int | None = Field(None, ge=1)  # images a forward pass of one process; default: its whole share
+    lr: float = Field(gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    weight_decay: float = Field(0.0, ge=0)
+    warmup_images: int = Field(0, ge=0)  # the learning rate rises linearly over these
+    grad_clip: float = Field(0.0, ge=0)  # largest global gradient norm; 0: no clipping
+    ema_decay: float = Field(0.9999, ge=0, lt=1)  # a step; the start uses min(ema_decay, (1 + step) / (10 + step))
+    budget_images: int | None = Field(None, ge=1)  # stop after these many images ...
+    budget_flops: float | None = Field(None, gt=0)  # ... or these many training FLOPs: one of the two
+    log_every_images: int = Field(1024, ge=1)
+    checkpoint_every_images: int | None = Field(None, ge=1)  # default: only at exports and at the end
+    keep_checkpoints: int = Field(2, ge=1)
+    export_images: tuple[int, ...] = ()  # images seen at which the model is exported; always at the end
+    sample_grid: SampleGridConfig = SampleGridConfig()
+
+    @model_validator(mode="after")
+    def _one_budget(self) -> TrainConfig:
+        if (self.budget_images is None) == (self.budget_flops is None):
+            raise ValueError(
+                f"exactly one of train.budget_images={self.budget_images} and train.budget_flops={self.budget_flops} "
+                "must be set: it says when the run is finished (null unsets the other)"
+            )
+        if self.micro_batch is not None and self.global_batch % self.micro_batch:
+            raise ValueError(f"train.micro_batch={self.micro_batch} must divide train.global_batch={self.global_batch}")
+        return self
+
+
+class EngineConfig(Section):
+    """How a step is computed and spread over processes: part of the layout, not of the result."""
+
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast, parameters and optimizer stay float32
+    num_cpu_threads: int | None = Field(None, ge=1)  # threads a process on the CPU; default: cores / processes
+
+
+class TrackingConfig(Section):
+    mlflow: bool = True  # a child process mirrors the run's records to MLflow
+    uri: str | None = None  # default: MLFLOW_TRACKING_URI, else sqlite in runs/mlflow.db
+    experiment: str = "runs"
+    tags: dict[str, str] = {}
+
+
+class FolderConfig(Section):
+    folder: Path
+
+
+class RunConfig(Section):
+    """Everything that defines a training run."""
+
+    name: str = Field(min_length=1)
+    seed: int = Field(0, ge=0, lt=2**63)
+    run: FolderConfig
+    data: DataConfig
+    model: ModelConfig
+    diffusion: DiffusionConfig = DiffusionConfig()
+    train: TrainConfig
+    engine: EngineConfig = EngineConfig()
+    tracking: TrackingConfig = TrackingConfig()
+
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read a run's YAML with its bases, apply `section.key=value` overrides, validate.
+
+    Raises ConfigError naming file, key, value and remedy.
+    """
+    tree = read_tree(path)
+    # A budget given on the command line replaces the file's, whichever of the two kinds it has.
+    for key, other in (("budget_images", "budget_flops"), ("budget_flops", "budget_images")):
+        if any(o.startswith(f"train.{key}=") for o in overrides):
+            tree.get("train", {}).pop(other, None)
+    return validate(RunConfig, merge(tree, parse_overrides(overrides)), source=str(path))
+
+
+def save_config(config: Section, path: Path) -> None:
+    """Write the resolved tree as YAML, atomically."""
+    write_atomic(path, to_yaml(config))
+
+
+def to_yaml(config: Section) -> str:
+    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+
+
+def read_tree(path: Path, *, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
+    """A YAML file merged over its `base:` (a path relative to the file), as a plain dict."""
+    path = Path(path).resolve()
+    if path in _seen:
+        raise ConfigError(f"{path}: `base:` leads back to the file itself; remove the circle.")
+    try:
+        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+    except FileNotFoundError:
+        raise ConfigError(f"config file not found: {path}. The shipped ones are in configs/.") from None
+    except IsADirectoryError:
+        raise ConfigError(f"{path} is a folder; name a YAML file in it.") from None
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: expected sections with keys, found {type(tree).__name__}.")
+    tree = {str(key): value for key, value in tree.items()}
+    base = tree.pop("base", None)
+    if base is None:
+        return tree
+    return merge(read_tree(path.parent / str(base), _seen=(*_seen, path)), tree)
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """`["train.lr=1e-4", ...]` as a tree. Raises ConfigError for words that are not `key=value`."""
+    tree: dict[str, Any] = {}
+    for word in overrides:
+        key, equals, _ = word.partition("=")
+        if not equals or not key or key.startswith("-"):
+            raise ConfigError(f"argument {word!r} is not of the form section.key=value, such as train.lr=1e-4.")
+        try:
+            part = OmegaConf.to_container(OmegaConf.from_dotlist([word]), resolve=True)
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            raise ConfigError(f"argument {word!r} cannot be read: {error}") from None
+        assert isinstance(part, dict)
+        tree = merge(tree, {str(k): v for k, v in part.items()})
+    return tree
+
+
+def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """`over` laid upon `under`: sections merge, values and lists are replaced."""
+    result = dict(under)
+    for key, value in over.items():
+        old = result.get(key)
+        result[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return result
+
+
+def validate(schema: type[SectionT], tree: dict[str, Any], *, source: str) -> SectionT:
+    """Build `schema` from a tree. Raises ConfigError listing every wrong key with its value and remedy."""
+    try:
+        return schema.model_validate(tree)
+    except ValidationError as error:
+        lines = [_explain(schema, dict(item)) for item in error.errors()]
+        raise ConfigError(f"{source}:\n" + "\n".join(f"  {line}" for line in lines)) from None
+
+
+def _explain(schema: type[Section], item: dict[str, Any]) -> str:
+    location = [str(part) for part in item["loc"]]
+    path = ".".join(location)
+    if item["type"] == "extra_forbidden":
+        known = _known_keys(schema, location[:-1])
+        close = difflib.get_close_matches(location[-1], known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"known keys here: {', '.join(known)}."
+        return f"{path}={item['input']!r}: unknown key; {hint}"
+    if item["type"] == "missing":
+        return f"{path}: missing; set it in the file or as {path}=VALUE."
+    if item["type"] == "value_error":
+        return str(item["ctx"]["error"])  # our own validators name key, value and remedy themselves
+    return f"{path}={item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}."
+
+
+def _known_keys(schema: type[BaseModel], location: list[str]) -> list[str]:
+    for part in location:
+        field = schema.model_fields.get(part)
+        inner = field.annotation if field else None
+        models = [t for t in (inner, *get_args(inner)) if isinstance(t, type) and issubclass(t, BaseModel)]
+        if not models:
+            return []
+        schema = models[0]
+    return sorted(schema.model_fields)

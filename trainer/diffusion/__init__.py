@@ -1,0 +1,1 @@
+"""Schedules, the Gaussian process, objectives, timestep samplers and samplers: pure torch, no I/O."""

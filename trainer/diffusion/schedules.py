@@ -1,0 +1,128 @@
+"""Noise schedules and the tables that follow from one.
+
+Tables are built and kept in float64: 1 - alphas_cumprod starts near 1e-5 and cumulative products over thousands of
+steps lose their low digits in float32. Values are cast to float32 only when gathered for a batch.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from data_pipeline.errors import ConfigError
+
+MAX_BETA = 0.999  # keeps the last step of the cosine schedule from being singular
+
+
+def linear_betas(num_timesteps: int) -> NDArray[np.float64]:
+    """Betas from 1e-4 to 0.02 at T = 1000 (Ho et al. 2020, section 4), scaled by 1000 / T otherwise: [T].
+
+    Raises ConfigError where that scaling makes a beta reach 1.
+    """
+    scale = 1000.0 / num_timesteps
+    betas = np.linspace(1e-4 * scale, 0.02 * scale, num_timesteps, dtype=np.float64)
+    if betas[-1] >= 1:
+        raise ConfigError(
+            f"diffusion.num_timesteps={num_timesteps}: the linear schedule needs more than 20 steps "
+            "(beta reaches 1); use more, or diffusion.schedule=cosine."
+        )
+    return betas
+
+
+def cosine_betas(num_timesteps: int, offset: float = 0.008) -> NDArray[np.float64]:
+    """Betas whose alphas_cumprod follow cos²(π/2 · (t/T + s) / (1 + s)) (Nichol & Dhariwal 2021, eq. 17): [T]."""
+    t = np.arange(num_timesteps + 1, dtype=np.float64) / num_timesteps
+    alphas_cumprod = np.cos((t + offset) / (1 + offset) * math.pi / 2) ** 2
+    return np.minimum(1 - alphas_cumprod[1:] / alphas_cumprod[:-1], MAX_BETA)
+
+
+BETAS = {"linear": linear_betas, "cosine": cosine_betas}
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The tables of one process, each [T] in float64 on one device; index t = 0 is the least noisy step."""
+
+    timestep_map: Tensor  # [T] int64: the step of the original process that each step stands for
+    num_original: int  # steps of the original process
+    betas: Tensor
+    alphas_cumprod: Tensor
+    alphas_cumprod_prev: Tensor
+    sqrt_alphas_cumprod: Tensor
+    sqrt_one_minus_alphas_cumprod: Tensor
+    log_betas: Tensor
+    posterior_mean_x0: Tensor  # q(x_{t-1} | x_t, x_0) has mean posterior_mean_x0 * x_0 + posterior_mean_xt * x_t
+    posterior_mean_xt: Tensor  # (Ho et al. 2020, eq. 7)
+    posterior_log_variance: Tensor  # log beta-tilde; the first step's (zero variance) is the second's
+
+    @property
+    def num_timesteps(self) -> int:
+        return len(self.betas)
+
+    @staticmethod
+    def gather(table: Tensor, t: Tensor) -> Tensor:
+        """table[t] as float32, shaped to multiply images: [B] -> [B, 1, 1, 1]."""
+        return table[t].float()[:, None, None, None]
+
+
+@lru_cache(maxsize=32)
+def make_schedule(name: str, num_timesteps: int, device: str = "cpu", steps: tuple[int, ...] | None = None) -> Schedule:
+    """The named schedule of T steps; with `steps`, the shorter process that visits only those (eq. 19).
+
+    Cached, so that tables are built and uploaded once per device.
+    """
+    betas = BETAS[name](num_timesteps)
+    timestep_map = np.arange(num_timesteps)
+    if steps is not None:
+        alphas_cumprod = np.cumprod(1 - betas)[list(steps)]
+        betas = 1 - alphas_cumprod / np.concatenate([[1.0], alphas_cumprod[:-1]])
+        timestep_map = np.array(steps)
+    return _tables(betas, timestep_map, num_timesteps, device)
+
+
+def _tables(betas: NDArray[np.float64], timestep_map: NDArray[np.int64], num_original: int, device: str) -> Schedule:
+    alphas = 1 - betas
+    alphas_cumprod = np.cumprod(alphas)
+    alphas_cumprod_prev = np.concatenate([[1.0], alphas_cumprod[:-1]])
+    posterior_variance = betas * (1 - alphas_cumprod_prev) / (1 - alphas_cumprod)
+    if len(betas) > 1:
+        posterior_variance[0] = posterior_variance[1]
+    else:
+        posterior_variance[0] = betas[0]
+
+    def table(values: NDArray[np.float64]) -> Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=device)
+
+    return Schedule(
+        timestep_map=torch.tensor(timestep_map, dtype=torch.int64, device=device),
+        num_original=num_original,
+        betas=table(betas),
+        alphas_cumprod=table(alphas_cumprod),
+        alphas_cumprod_prev=table(alphas_cumprod_prev),
+        sqrt_alphas_cumprod=table(np.sqrt(alphas_cumprod)),
+        sqrt_one_minus_alphas_cumprod=table(np.sqrt(1 - alphas_cumprod)),
+        log_betas=table(np.log(betas)),
+        posterior_mean_x0=table(betas * np.sqrt(alphas_cumprod_prev) / (1 - alphas_cumprod)),
+        posterior_mean_xt=table((1 - alphas_cumprod_prev) * np.sqrt(alphas) / (1 - alphas_cumprod)),
+        posterior_log_variance=table(np.log(posterior_variance)),
+    )
+
+
+def strided_steps(num_timesteps: int, num_steps: int) -> tuple[int, ...]:
+    """`num_steps` evenly spaced steps of T, both ends included (Nichol & Dhariwal 2021, section 4).
+
+    Raises ConfigError when more steps are asked for than there are.
+    """
+    if not 1 <= num_steps <= num_timesteps:
+        raise ConfigError(f"{num_steps} sampling steps were asked of a process with {num_timesteps}; use 1 to {num_timesteps}.")
+    if num_steps == 1:
+        return (num_timesteps - 1,)
+    return tuple(round(i * (num_timesteps - 1) / (num_steps - 1)) for i in range(num_steps))
+
+

@@ -1,0 +1,200 @@
+"""DeepSpeed behind four verbs: forward, backward, step, and the fragments of the state this process owns.
+
+Nothing else in the project knows DeepSpeed. Parameters and optimizer state are float32 at every ZeRO stage (bf16
+means autocast), so that a fragment of the weights is the master copy itself and not an image of it.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.errors import ConfigError
+from trainer.config import RunConfig
+from trainer.processes import Processes
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+# DeepSpeed still uses names that the newest torch renames.
+warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+_tensor.* is deprecated")
+# DeepSpeed reports the gradient norm only where it clips; this bound never does.
+NEVER_CLIPS = 1e30
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """A contiguous run of one parameter's elements, as live views of the engine's tensors."""
+
+    name: str
+    offset: int  # of its first element within the flattened parameter
+    weight: Tensor  # [n] float32, the master copy
+    moments: dict[str, Tensor]  # by Adam's names, each [n]
+
+    def __len__(self) -> int:
+        return self.weight.numel()
+
+    def narrow(self, start: int, length: int) -> Fragment:
+        moments = {kind: m.narrow(0, start, length) for kind, m in self.moments.items()}
+        return Fragment(self.name, self.offset + start, self.weight.narrow(0, start, length), moments)
+
+
+class Engine:
+    """One network under DeepSpeed."""
+
+    def __init__(self, network: nn.Module, config: RunConfig, processes: Processes) -> None:
+        """`network` must hold the weights to start from: they become the master copies as they are."""
+        import deepspeed
+
+        deepspeed.utils.logger.setLevel(logging.WARNING)
+        self.processes = processes
+        self.stage = config.engine.zero_stage
+        self.micro_batch, self.accumulation = split_batch(config, processes.world_size)
+        self.shapes = {name: tuple(p.shape) for name, p in network.named_parameters()}
+        network.to(processes.device)
+        optimizer = torch.optim.AdamW(
+            network.parameters(),
+            lr=config.train.lr, betas=config.train.betas, weight_decay=config.train.weight_decay, fused=True,
+        )  # fmt: skip
+        self._engine, *_ = deepspeed.initialize(
+            model=network, optimizer=optimizer, config=self._deepspeed_config(config), dist_init_required=False
+        )
+        self._adam: torch.optim.Optimizer = getattr(self._engine.optimizer, "optimizer", None) or self._engine.optimizer
+        self._create_moments()
+        self._stage0_norm: Tensor | None = None
+        self.held = self._held_fragments()  # what this process must load
+        self.owned = self._owned_fragments()  # what it must save: every element has exactly one owner
+
+    def _deepspeed_config(self, config: RunConfig) -> dict[str, Any]:
+        settings: dict[str, Any] = {
+            "train_batch_size": config.train.global_batch,
+            "train_micro_batch_size_per_gpu": self.micro_batch,
+            "gradient_accumulation_steps": self.accumulation,
+            "gradient_clipping": config.train.grad_clip or NEVER_CLIPS,
+            "zero_optimization": {"stage": self.stage},
+            "zero_allow_untested_optimizer": True,
+            "zero_force_ds_cpu_optimizer": False,
+            "steps_per_print": 1 << 60,
+        }
+        if config.engine.precision == "bf16":
+            settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+        return settings
+
+    # ---- a step -------------------------------------------------------------------------------------------------
+
+    def forward(self, x: Tensor, time: Tensor, labels: Tensor | None, low_res: Tensor | None) -> Tensor:
+        """The network's output in float32: [B, out_channels, H, W]."""
+        output: Tensor = self._engine(x, time, labels, low_res)
+        return output.float()
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of one micro-batch's mean loss."""
+        self._engine.backward(loss)
+
+    def step(self, lr: float) -> None:
+        """End a micro-batch; at the last of a step, reduce, clip and update with this learning rate."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = lr
+        if self.stage == 0 and self._engine.is_gradient_accumulation_boundary():
+            # Without ZeRO, DeepSpeed clips but does not tell the norm. The gradients are reduced by now.
+            gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
+            self._stage0_norm = torch.nn.utils.get_total_norm(gradients)
+        self._engine.step()
+
+    def grad_norm(self) -> Tensor:
+        """Global norm of the last step's gradient before clipping, scalar."""
+        norm = self._stage0_norm if self.stage == 0 else self._engine.get_global_grad_norm()
+        return torch.as_tensor(norm if norm is not None else float("nan"), device=self.processes.device).float()
+
+    # ---- the state ----------------------------------------------------------------------------------------------
+
+    @property
+    def num_updates(self) -> int:
+        """Adam's step count."""
+        return int(next(iter(self._adam.state.values()))["step"])
+
+    @num_updates.setter
+    def num_updates(self, value: int) -> None:
+        for state in self._adam.state.values():
+            state["step"].fill_(value)
+
+    def _create_moments(self) -> None:
+        """Adam makes its state at the first step; made here, it can be restored and looked at before that."""
+        for flat in self._flat_masters():
+            self._adam.state[flat] = {
+                "step": torch.zeros((), dtype=torch.float32, device=flat.device),
+                "exp_avg": torch.zeros_like(flat),
+                "exp_avg_sq": torch.zeros_like(flat),
+            }
+
+    def _flat_masters(self) -> list[Tensor]:
+        """The tensors that Adam itself updates: parameters at stage 0, flat partitions above."""
+        if self.stage == 3:
+            return list(self._engine.optimizer.fp32_partitioned_groups_flat)
+        return [p for group in self._adam.param_groups for p in group["params"]]
+
+    def _held_fragments(self) -> list[Fragment]:
+        parameters = list(self._engine.module.named_parameters())
+        if self.stage == 0:
+            return [self._fragment(name, 0, p, 0, p.numel()) for name, p in parameters]
+        find = self._partition_stage3 if self.stage == 3 else self._partition_stage12
+        return [fragment for name, p in parameters if (fragment := find(name, p)) is not None]
+
+    def _owned_fragments(self) -> list[Fragment]:
+        if self.stage > 0:
+            return self.held
+        rank, world = self.processes.rank, self.processes.world_size
+        owned = []
+        for fragment in self.held:
+            start, end = len(fragment) * rank // world, len(fragment) * (rank + 1) // world
+            if end > start:
+                owned.append(fragment.narrow(start, end - start))
+        return owned
+
+    def _partition_stage12(self, name: str, parameter: Any) -> Fragment | None:
+        mapping = parameter._hp_mapping  # None where this process owns no part
+        if mapping is None:
+            return None
+        flat = self._engine.optimizer.single_partition_of_fp32_groups[mapping.param_group_index]
+        where = mapping.get_hp_fragment_address()
+        return self._fragment(name, mapping.lp_fragment_address.start, flat, where.start, where.numel)
+
+    def _partition_stage3(self, name: str, parameter: Any) -> Fragment | None:
+        zero = self._engine.optimizer
+        group, start, padded = zero.grad_position[zero.get_param_id(parameter)]
+        offset = padded * self.processes.rank  # equal slices, the last ones padded or empty
+        length = min(padded, parameter.ds_numel - offset)
+        if length <= 0:
+            return None
+        return self._fragment(name, offset, zero.fp32_partitioned_groups_flat[group], start, length)
+
+    def _fragment(self, name: str, offset: int, flat: Tensor, start: int, length: int) -> Fragment:
+        state = self._adam.state[flat]
+        moments = {kind: state[kind].view(-1).narrow(0, start, length) for kind in MOMENTS}
+        return Fragment(name, offset, flat.detach().view(-1).narrow(0, start, length), moments)
+
+
+def split_batch(config: RunConfig, world_size: int) -> tuple[int, int]:
+    """(micro-batch of a process, accumulation steps) for the global batch.
+
+    Raises ConfigError where the global batch cannot be divided so.
+    """
+    batch = config.train.global_batch
+    if batch % world_size:
+        fitting = [n for n in range(1, min(batch, 4 * world_size) + 1) if batch % n == 0]
+        raise ConfigError(
+            f"train.global_batch={batch} cannot be divided among {world_size} processes; "
+            f"use one of {fitting} processes, or a batch that is a multiple of {world_size}."
+        )
+    share = batch // world_size
+    micro = config.train.micro_batch or share
+    micro = min(micro, share)
+    if share % micro:
+        raise ConfigError(
+            f"train.micro_batch={micro} does not divide a process's share of the batch, {share} "
+            f"(train.global_batch={batch} over {world_size} processes)."
+        )
+    return micro, share // micro

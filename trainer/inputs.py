@@ -1,0 +1,94 @@
+"""All that a training step consumes, made ahead of it on the host.
+
+Images, flips, timestep draws and noise are pure functions of (seed, image number): a process makes its own slice of
+the global batch, and the slices of all processes are always the same batch. Noise is drawn on the host, in the
+prefetching thread: so its bits do not depend on the device either.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from data_pipeline.counter_rng import Stream, normal, uniform
+from data_pipeline.dataset import ShardDataset
+from data_pipeline.errors import ConfigError
+from data_pipeline.prefetch import Prefetcher
+from data_pipeline.stream import TrainStream
+from trainer.config import RunConfig
+from trainer.processes import Processes
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """One process's share of a global batch, b images, on the host."""
+
+    images: Tensor  # [b, C, H, W] uint8
+    labels: Tensor  # [b] int64, -1 where unlabelled
+    u: Tensor  # [b] float64 in [0, 1): decides the timestep
+    noise: Tensor  # [b, C, H, W] float32
+
+    def split(self, size: int) -> Iterator[StepInputs]:
+        """Micro-batches of `size` images."""
+        parts = (x.split(size) for x in (self.images, self.labels, self.u, self.noise))
+        for images, labels, u, noise in zip(*parts, strict=True):
+            yield StepInputs(images, labels, u, noise)
+
+    def to(self, device: torch.device) -> StepInputs:
+        """On the device; from pinned memory the copies overlap with computing."""
+        moved = (x.to(device, non_blocking=True) for x in (self.images, self.labels, self.u, self.noise))
+        return StepInputs(*moved)
+
+
+class InputSource:
+    """Makes the inputs of the step that begins at any image number."""
+
+    def __init__(self, config: RunConfig, dataset: ShardDataset, processes: Processes) -> None:
+        self._seed = config.seed
+        self._share = config.train.global_batch // processes.world_size
+        self._offset = processes.rank * self._share
+        self._pin = processes.device.type == "cuda"
+        self._prefetch = config.data.prefetch
+        self._stream = TrainStream(
+            dataset, seed=config.seed, random_flip=config.data.random_flip, num_threads=config.data.num_threads
+        )
+
+    def make(self, nimg: int) -> StepInputs:
+        """This process's share of the global batch nimg .. nimg + global_batch - 1."""
+        start = nimg + self._offset
+        batch = self._stream.batch(start, self._share)
+        arrays = (
+            batch.images,
+            batch.labels,
+            uniform(self._seed, Stream.TIMESTEP, start, self._share),
+            normal(self._seed, Stream.NOISE, start, self._share, batch.images.shape[1:]),
+        )
+        tensors = [torch.from_numpy(array) for array in arrays]
+        return StepInputs(*(t.pin_memory() if self._pin else t for t in tensors))
+
+    def steps(self, first: int, last: int, step: int) -> Prefetcher[StepInputs]:
+        """Inputs of the steps that begin at first, first + step, ... below last, made ahead."""
+        return Prefetcher(self.make, range(first, last, step), depth=self._prefetch)
+
+    def close(self) -> None:
+        self._stream.close()
+
+
+def open_dataset(config: RunConfig) -> ShardDataset:
+    """The training split, checked against the network. Raises ConfigError or DataError."""
+    dataset = ShardDataset(config.data.train)
+    manifest = dataset.manifest
+    if manifest.image_size != config.model.image_size:
+        raise ConfigError(
+            f"model.image_size={config.model.image_size}, but the images in {config.data.train} are "
+            f"{manifest.image_size}x{manifest.image_size}; prepare them at the size of the network, or change the config."
+        )
+    if config.model.num_classes and manifest.num_classes != config.model.num_classes:
+        raise ConfigError(
+            f"model.num_classes={config.model.num_classes}, but {config.data.train} has {manifest.num_classes} classes; "
+            "set it to that, or to 0 for an unconditional network."
+        )
+    return dataset

@@ -1,0 +1,51 @@
+"""Networks by name, and what one costs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from trainer.config import DiffusionConfig, ModelConfig
+from trainer.models.unet import UNet
+
+NETWORKS = {"unet": UNet}
+IMAGE_CHANNELS = 3
+
+
+@dataclass(frozen=True)
+class ModelCost:
+    num_params: int
+    forward_flops: float  # of one image, 2 per multiply-add
+
+    @property
+    def train_flops(self) -> float:
+        """FLOPs of training on one image: forward and the two products of the backward pass, no recomputation."""
+        return 3.0 * self.forward_flops
+
+
+def build_model(model: ModelConfig, diffusion: DiffusionConfig) -> nn.Module:
+    """The network of a config, with PyTorch's default initialisation from the current generator."""
+    learned = diffusion.variance == "learned_range"
+    return NETWORKS[model.name](model, out_channels=IMAGE_CHANNELS * (2 if learned else 1))
+
+
+@lru_cache(maxsize=64)
+def count(model: ModelConfig, diffusion: DiffusionConfig) -> ModelCost:
+    """Parameters and forward FLOPs of one image, traced on the meta device: nothing is allocated.
+
+    The meta device matters: on the CPU the fused attention kernel is invisible to the counter.
+    """
+    with torch.device("meta"):
+        network = build_model(model, diffusion)
+        x = torch.empty(1, IMAGE_CHANNELS, model.image_size, model.image_size)
+        labels = torch.zeros(1, dtype=torch.long) if model.num_classes else None
+        low_res = torch.empty(1, IMAGE_CHANNELS, model.low_res_size, model.low_res_size) if model.low_res_size else None
+        with torch.no_grad(), FlopCounterMode(display=False) as counter:
+            network(x, torch.zeros(1), labels, low_res)
+    return ModelCost(
+        num_params=sum(p.numel() for p in network.parameters()), forward_flops=float(counter.get_total_flops())
+    )

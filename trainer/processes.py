@@ -1,0 +1,166 @@
+"""The processes of a run: who am I, on which device, with whom, and when must I stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from data_pipeline.errors import UserError, disk_message
+
+GRACE_SECONDS = 25.0  # from a stop request to the end of the process, saved or not
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Processes:
+    """This process's place among those of the run."""
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    def barrier(self) -> None:
+        dist.barrier()
+
+    def all_reduce_sum(self, tensor: Tensor) -> Tensor:
+        """Sum over processes, in place; no host synchronisation on a GPU."""
+        if self.world_size > 1:
+            dist.all_reduce(tensor)
+        return tensor
+
+    def all_gather_flat(self, tensor: Tensor) -> Tensor:
+        """[n] of every process -> [world_size * n], in order of rank."""
+        if self.world_size == 1:
+            return tensor
+        out = tensor.new_empty(self.world_size * len(tensor))
+        dist.all_gather_into_tensor(out, tensor.contiguous())
+        return out
+
+    def gather_objects(self, value: T) -> list[T]:
+        """Every process's value, on every process, in order of rank."""
+        values: list[Any] = [None] * self.world_size
+        dist.all_gather_object(values, value)
+        return values
+
+    def from_main(self, make: Callable[[], T]) -> T:
+        """The main process computes a value, all get it; a UserError there is raised everywhere."""
+        box: list[Any] = [None, None]
+        if self.is_main:
+            try:
+                box[0] = make()
+            except UserError as error:
+                box[1] = str(error)
+            except OSError as error:
+                box[1] = disk_message(error) or f"{type(error).__name__}: {error}"
+        dist.broadcast_object_list(box)
+        if box[1] is not None:
+            raise UserError(box[1])
+        value: T = box[0]
+        return value
+
+
+def start_processes(*, num_cpu_threads: int | None) -> Processes:
+    """Join the other processes, as told by torch's environment variables; without them, be the only one.
+
+    Raises UserError when the meeting port is taken.
+    """
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    if "RANK" not in os.environ:
+        os.environ.update(
+            RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", LOCAL_WORLD_SIZE="1",
+            MASTER_ADDR="127.0.0.1", MASTER_PORT=str(free_port()),
+        )  # fmt: skip
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        torch.set_num_threads(num_cpu_threads or _share_of_cores())
+    _init_process_group(device)
+    return Processes(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+def _init_process_group(device: torch.device) -> None:
+    import deepspeed  # heavy; imported here so that `--help` and config errors are instant
+
+    try:
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30), verbose=False
+        )
+    except (RuntimeError, dist.DistNetworkError) as error:
+        if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
+            raise UserError(
+                f"port {os.environ.get('MASTER_PORT')} is in use on {os.environ.get('MASTER_ADDR')}; "
+                "give this job another: deepspeed --master_port PORT (or MASTER_PORT=PORT for torchrun and others)."
+            ) from None
+        raise
+
+
+def _share_of_cores() -> int:
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))))
+
+
+def free_port() -> int:
+    """A TCP port that was free on loopback a moment ago."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+class StopRequest:
+    """Set by SIGTERM, SIGUSR1 or Ctrl-C, and when the launcher that started us has died.
+
+    The loop reads it at a step boundary, saves and exits. Should the process be stuck, it is ended after
+    `GRACE_SECONDS` anyway, so that no orphan keeps a device.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self.reason = ""
+
+    def install(self, *, launched: bool) -> None:
+        """Listen; `launched`: a launcher (deepspeed, torchrun, Ray) started us, so its death ends us too."""
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+            signal.signal(number, self._on_signal)
+        if launched:
+            threading.Thread(target=self._watch_parent, args=(os.getppid(),), daemon=True).start()
+
+    def _on_signal(self, number: int, _frame: object) -> None:
+        if self.requested and number == signal.SIGINT:
+            raise KeyboardInterrupt  # the second Ctrl-C means now
+        self._request(f"received {signal.Signals(number).name}")
+
+    def _request(self, reason: str) -> None:
+        if not self.requested:
+            self.reason = reason
+            self.requested = True
+            threading.Thread(target=self._force, daemon=True).start()
+
+    def _watch_parent(self, parent: int) -> None:
+        while os.getppid() == parent:
+            time.sleep(1.0)
+        self._request("the launcher died")
+
+    def _force(self) -> None:
+        time.sleep(GRACE_SECONDS)
+        os._exit(1)

@@ -1,0 +1,119 @@
+"""The folder of a run: who may write to it, and what is kept where."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import ConfigError, UserError
+from data_pipeline.files import write_json
+from trainer.config import RunConfig, load_config, save_config
+
+# Sections and keys that may change between two lives of a run: they decide how and how long, not what.
+_MAY_CHANGE = {"name", "run", "engine", "tracking"}
+_MAY_CHANGE_IN = {
+    "data": {"train", "num_threads", "prefetch"},
+    "train": {
+        "micro_batch", "budget_images", "budget_flops", "log_every_images", "checkpoint_every_images",
+        "keep_checkpoints", "export_images", "sample_grid",
+    },
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """Paths of a run."""
+
+    path: Path
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def exports(self) -> Path:
+        return self.path / "exports"
+
+    @property
+    def samples(self) -> Path:
+        return self.path / "samples"
+
+    @property
+    def result(self) -> Path:
+        return self.path / "result.json"
+
+    def read_result(self) -> dict[str, Any] | None:
+        """What a finished run left, or None."""
+        try:
+            value: dict[str, Any] = json.loads(self.result.read_text())
+        except FileNotFoundError:
+            return None
+        return value
+
+    def write_result(self, value: dict[str, Any]) -> None:
+        """The run is complete: the last file it writes."""
+        write_json(self.result, value)
+
+    def identity(self) -> dict[str, Any]:
+        value: dict[str, Any] = json.loads((self.path / "run.json").read_text())
+        return value
+
+    def open(self, config: RunConfig, facts: dict[str, Any]) -> None:
+        """Create the folder's config and identity, or check that they are this run's. Main process only.
+
+        Raises ConfigError naming each setting in which the folder's run differs.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        stored = self.path / "config.yaml"
+        if stored.exists():
+            _check_same(load_config(stored), config, self.path)
+        save_config(config, stored)
+        identity = self.path / "run.json"
+        run_id = json.loads(identity.read_text())["id"] if identity.exists() else uuid.uuid4().hex
+        write_json(identity, {"id": run_id, "name": config.name, "seed": config.seed, **facts, "tags": config.tracking.tags})
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder for one job. Raises UserError when another has it. Released when the process ends."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        with open(self.path / "run.lock", "a+", encoding="utf-8") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                file.seek(0)
+                holder = file.read().strip() or "another process"
+                raise UserError(
+                    f"{self.path} is in use by {holder}: two jobs on one run folder would spoil it. "
+                    "Wait for it or stop it, or choose another run.folder=..."
+                ) from None
+            file.truncate(0)
+            file.write(f"process {os.getpid()}")
+            file.flush()
+            yield
+
+
+def _check_same(old: RunConfig, new: RunConfig, path: Path) -> None:
+    before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
+    differing = []
+    for section, value in after.items():
+        if section in _MAY_CHANGE:
+            continue
+        if not isinstance(value, dict):
+            if value != before[section]:
+                differing.append(f"{section}: {before[section]} -> {value}")
+            continue
+        for key, new_value in value.items():
+            if key not in _MAY_CHANGE_IN.get(section, set()) and new_value != before[section][key]:
+                differing.append(f"{section}.{key}: {before[section][key]} -> {new_value}")
+    if differing:
+        raise ConfigError(
+            f"{path} holds a run with other settings:\n  " + "\n  ".join(differing)
+            + "\nSet them back to continue it, or choose another run.folder=... for a new run."
+        )  # fmt: skip

@@ -1,0 +1,116 @@
+"""The metric record and its files. Standard library only: the files are the truth, MLflow is a view of them.
+
+A run folder holds `metrics.<n>.jsonl` segments (training records; a resume at nimg n opens segment n and so
+replaces what an earlier segment said at or beyond n) and `evals/<nimg>/<key>.json` (evaluation records).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+FLOP_CONVENTION = "2 per multiply-add, training = 3 x forward"
+
+
+@dataclass(frozen=True)
+class TrainRecord:
+    """What one logging interval of training saw."""
+
+    nimg: int  # images seen at its end: the clock
+    compute: float  # training FLOPs at its end
+    time: float  # Unix seconds
+    values: dict[str, float]  # by metric name
+
+
+@dataclass(frozen=True)
+class EvalRecord:
+    """One evaluated number, with all that makes it comparable to another."""
+
+    metric: str  # such as "nll" or "fd_efflite0"
+    split: str  # which images: "test", "train"
+    value: float
+    stderr: float | None  # None where it was not estimated
+    n: int  # network calls (NLL) or samples (distances)
+    seeds: list[int]
+    measured: dict[str, Any]  # bound, T, clipping, weights, feature net and hash, sampler, reference, ...
+    data: str  # fingerprint of the data
+    weights: str  # sha256 of the evaluated weights file
+    run: str
+    nimg: int
+    compute: float  # training FLOPs
+    num_params: int
+    flops_per_image: float  # training FLOPs of one image
+    seed: int  # the training run's seed
+    flop_convention: str = FLOP_CONVENTION
+    time: float = field(default_factory=time.time)
+
+    def to_json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> EvalRecord:
+        """Rebuild a record; unknown keys (a newer version's) are left out."""
+        names = {f.name for f in dataclasses.fields(cls)}
+        return cls(**{k: v for k, v in value.items() if k in names})
+
+
+class RecordWriter:
+    """Appends training records to the segment that begins at `nimg`; each line reaches the file at once."""
+
+    def __init__(self, run_folder: Path, nimg: int) -> None:
+        run_folder.mkdir(parents=True, exist_ok=True)
+        for start, path in segments(run_folder):
+            if start > nimg:  # written by a life of this run that the resume has rolled back
+                path.unlink()
+        self.path = run_folder / f"metrics.{nimg}.jsonl"
+        self._file = open(self.path, "w", encoding="utf-8")  # noqa: SIM115 - lives as long as the run
+
+    def write(self, record: TrainRecord) -> None:
+        self._file.write(json.dumps(dataclasses.asdict(record)) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+
+def segments(run_folder: Path) -> list[tuple[int, Path]]:
+    """The run's metric segments as (first nimg, path), in order."""
+    found = []
+    for path in run_folder.glob("metrics.*.jsonl"):
+        start = path.name.split(".")[1]
+        if start.isdigit():
+            found.append((int(start), path))
+    return sorted(found)
+
+
+def read_train_records(run_folder: Path) -> Iterator[TrainRecord]:
+    """All valid training records in order of nimg; a half-written last line is left out."""
+    parts = segments(run_folder)
+    for (start, path), following in zip(parts, [*parts[1:], None], strict=True):
+        end = following[0] if following else None
+        with open(path, encoding="utf-8") as file:
+            for line in file:
+                if not line.endswith("\n"):
+                    break  # still being written
+                record = TrainRecord(**json.loads(line))
+                # A record describes the interval that ends at nimg: one at exactly `end` was kept by the resume.
+                if end is not None and record.nimg > end:
+                    break
+                if record.nimg >= start:
+                    yield record
+
+
+def read_eval_records(run_folder: Path) -> list[EvalRecord]:
+    """All evaluation records of a run, by nimg, split and metric."""
+    records = []
+    for path in sorted(run_folder.glob("evals/*/*.json")):
+        records += [EvalRecord.from_json(value) for value in json.loads(path.read_text())["records"]]
+    return sorted(records, key=lambda r: (r.nimg, r.metric, r.split))
