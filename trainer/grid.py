@@ -35,6 +35,7 @@ def sample_images(
     num_steps: int,
     sampler: str,
     low_res: Tensor | None = None,
+    seed: int = 0,
     device: torch.device | str = "cpu",
     progress: Callable[[], None] = lambda: None,
 ) -> Tensor:
@@ -45,7 +46,7 @@ def sample_images(
     steps = strided_steps(config.diffusion.num_timesteps, min(num_steps, config.diffusion.num_timesteps))
     diffusion = GaussianDiffusion.create(config.diffusion, device, steps)
     size = config.model.image_size
-    noise = SampleNoise(seeds, (IMAGE_CHANNELS, size, size), device=str(device))
+    noise = SampleNoise(seeds, (IMAGE_CHANNELS, size, size), seed=seed, device=str(device))
     labels = None
     if config.model.num_classes:
         labels = torch.tensor([s % config.model.num_classes for s in seeds], device=device)

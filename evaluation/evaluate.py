@@ -1,0 +1,236 @@
+"""Evaluate an export: likelihood and sample quality, as records.
+
+    python -m evaluation.evaluate RUN/exports/000000008192 --data data/cifar10/test --metrics nll,fd
+
+Prints the records as JSON, writes them beside the run (RUN/evals) or to --out, and sends them to MLflow when the run
+has been sent there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from data_pipeline.dataset import ShardDataset
+from data_pipeline.errors import UserError, run_cli
+from data_pipeline.files import write_json
+from data_pipeline.progress import progress_bar
+from evaluation.features import FeatureNet, get_feature_net, metric_name
+from evaluation.features.reference import reference_stats, split_floor, stats_of_images
+from evaluation.frechet import frechet_distance
+from evaluation.nll import Mode, estimate_nll
+from evaluation.nll_plan import check_num_calls
+from trainer.diffusion.gaussian import Denoiser, GaussianDiffusion
+from trainer.export import Export, Weights, open_export
+from trainer.grid import conditioned, sample_images
+from trainer.tracking.records import EvalRecord
+
+METRICS = ("nll", "fd")
+SAMPLE_BATCH = 32
+
+
+@dataclass(frozen=True)
+class EvalRequest:
+    """What to measure of an export."""
+
+    data: Path  # a data split
+    metrics: tuple[str, ...] = ("nll",)
+    weights: Weights = "ema"
+    seed: int = 0
+    nll_mode: Mode = "importance"
+    num_calls: int = 2048  # network calls of an importance-sampled NLL
+    num_images: int = 4  # images of an exact one
+    num_samples: int = 2048  # for the Fréchet distance
+    num_reference: int | None = None  # real images it is compared with; default: the whole split
+    sampler: str = "ddim"
+    steps: int = 50
+    feature_net: str = "efflite0"
+    num_threads: int | None = None
+
+    def key(self, weights_sha256: str) -> str:
+        """Names the evaluation of these weights: equal requests have equal keys, whoever asks."""
+        content = {k: str(v) for k, v in asdict(self).items() if k not in ("num_threads", "data")}
+        content["data"] = str(Path(self.data).resolve())
+        content["weights_sha256"] = weights_sha256
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    def check(self) -> None:
+        """Raises UserError for what cannot be measured, before anything is computed."""
+        unknown = [m for m in self.metrics if m not in METRICS]
+        if unknown or not self.metrics:
+            raise UserError(f"unknown metric {', '.join(unknown) or '(none)'}; known: {', '.join(METRICS)}.")
+        if "nll" in self.metrics and self.nll_mode == "importance":
+            check_num_calls(self.num_calls)
+        if "fd" in self.metrics and self.num_samples < 2:
+            raise UserError(f"--num-samples {self.num_samples}: a Fréchet distance needs at least 2 samples.")
+
+
+def evaluate(export_path: Path, request: EvalRequest, *, progress: bool = True) -> list[EvalRecord]:
+    """Measure an export; one record a metric.
+
+    Raises:
+        UserError: no export or data there, images of another size than the network's, unknown metrics.
+    """
+    request.check()
+    if request.num_threads:
+        torch.set_num_threads(request.num_threads)
+    export = open_export(export_path)
+    dataset = ShardDataset(request.data)
+    size = export.config.model.image_size
+    if dataset.manifest.image_size != size:
+        raise UserError(
+            f"the network makes {size}x{size} images, those in {request.data} are "
+            f"{dataset.manifest.image_size}x{dataset.manifest.image_size}; name a split of the network's size."
+        )
+    if export.config.model.low_res_size:
+        raise UserError("a super-resolution network has no likelihood or samples of its own: evaluate it with its base.")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network = export.network(request.weights).to(device)
+    measures: dict[str, Callable[..., EvalRecord]] = {"nll": _nll, "fd": _fd}
+    return [measures[metric](export, network, dataset, request, device, progress) for metric in request.metrics]
+
+
+def _nll(
+    export: Export, network: torch.nn.Module, dataset: ShardDataset, request: EvalRequest, device: torch.device,
+    progress: bool,
+) -> EvalRecord:  # fmt: skip
+    diffusion = GaussianDiffusion.create(export.config.diffusion, device)
+
+    def condition(labels: NDArray[np.int64]) -> Denoiser:
+        return conditioned(network, torch.from_numpy(labels).to(device) if export.config.model.num_classes else None)
+
+    estimate = estimate_nll(
+        condition, diffusion, dataset,
+        mode=request.nll_mode, num_calls=request.num_calls, num_images=request.num_images, seed=request.seed,
+        device=device, progress=f"nll {dataset.manifest.split}" if progress else "",
+    )  # fmt: skip
+    return _record(
+        export, request, dataset, metric="nll", value=estimate.bits_per_dim, stderr=estimate.stderr,
+        n=estimate.num_calls, measured=estimate.measured,
+    )  # fmt: skip
+
+
+def _fd(
+    export: Export, network: torch.nn.Module, dataset: ShardDataset, request: EvalRequest, device: torch.device,
+    progress: bool,
+) -> EvalRecord:  # fmt: skip
+    net = get_feature_net(request.feature_net, device=str(device))
+    cache = Path(request.data) / ".features"
+    reference = reference_stats(dataset, net, num=request.num_reference, cache=cache, progress=progress)
+    samples = stats_of_images(
+        net, _sample_batches(export, network, request, device, progress), data=export.weights_sha256[request.weights]
+    )
+    measured: dict[str, Any] = {
+        "feature_net": net.name,
+        "feature_weights_sha256": net.weights_sha256,
+        "resize": net.resize,
+        "sampler": request.sampler,
+        "steps": request.steps,
+        "num_reference": reference.num,
+        "floor": _floor(dataset, net, request, cache),
+    }
+    return _record(
+        export, request, dataset, metric=metric_name(net), value=frechet_distance(samples, reference), stderr=None,
+        n=request.num_samples, measured=measured,
+    )  # fmt: skip
+
+
+def _floor(dataset: ShardDataset, net: FeatureNet, request: EvalRequest, cache: Path) -> float | None:
+    """Real against real at the same N: what samples as good as the data would get; None for too small a split."""
+    if len(dataset) < 2 * request.num_samples:
+        return None
+    return split_floor(dataset, net, num=request.num_samples, cache=cache).value
+
+
+def _sample_batches(
+    export: Export, network: torch.nn.Module, request: EvalRequest, device: torch.device, progress: bool
+) -> Iterator[torch.Tensor]:
+    with progress_bar(total=request.num_samples * request.steps, unit="call", description="samples", disable=not progress) as bar:
+        for start in range(0, request.num_samples, SAMPLE_BATCH):
+            seeds = range(start, min(start + SAMPLE_BATCH, request.num_samples))
+            yield sample_images(
+                network, export.config, seeds, num_steps=request.steps, sampler=request.sampler, seed=request.seed,
+                device=device, progress=lambda n=len(seeds): bar.update(n),
+            )  # fmt: skip
+
+
+def _record(
+    export: Export, request: EvalRequest, dataset: ShardDataset, *, metric: str, value: float, stderr: float | None,
+    n: int, measured: dict[str, Any],
+) -> EvalRecord:  # fmt: skip
+    info = export.info
+    return EvalRecord(
+        metric=metric,
+        split=dataset.manifest.split,
+        value=value,
+        stderr=stderr,
+        n=n,
+        seeds=[request.seed],
+        measured={**measured, "weights": request.weights},
+        data=dataset.manifest.fingerprint,
+        weights=export.weights_sha256[request.weights],
+        run=info["run"],
+        nimg=info["nimg"],
+        compute=info["compute"],
+        num_params=info["num_params"],
+        flops_per_image=info["flops_per_image"],
+        seed=info["seed"],
+    )
+
+
+def result_path(export_path: Path, request: EvalRequest) -> Path:
+    """Where the records of this evaluation are kept: RUN/evals/<nimg>/<key>.json."""
+    export_path = Path(export_path).resolve()
+    weights = json.loads((export_path / "manifest.json").read_text())["files"][f"{request.weights}.safetensors"]["sha256"]
+    return export_path.parent.parent / "evals" / export_path.name / f"{request.key(weights)}.json"
+
+
+def write_records(path: Path, records: Sequence[EvalRecord], request: EvalRequest) -> None:
+    """Write an evaluation's records and its request, atomically."""
+    spec = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(request).items()}
+    write_json(path, {"records": [r.to_json() for r in records], "spec": spec})
+
+
+def main() -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description="Evaluate an export: likelihood (nll) and sample quality (fd).")
+    parser.add_argument("export", type=Path, help="RUN/exports/<images seen>")
+    parser.add_argument("--data", type=Path, required=True, help="a data split, such as data/cifar10/test")
+    parser.add_argument("--metrics", default="nll", help="comma-separated: nll, fd")
+    parser.add_argument("--weights", choices=("ema", "model"), default="ema")
+    parser.add_argument("--mode", choices=("importance", "exact"), default="importance", help="of the NLL")
+    parser.add_argument("--num-calls", type=int, default=2048, help="network calls of an importance-sampled NLL")
+    parser.add_argument("--num-images", type=int, default=4, help="images of an exact NLL (each takes T calls)")
+    parser.add_argument("--num-samples", type=int, default=2048, help="samples for the Fréchet distance")
+    parser.add_argument("--num-reference", type=int, help="real images to compare with (default: the whole split)")
+    parser.add_argument("--sampler", choices=("ddim", "ancestral"), default="ddim")
+    parser.add_argument("--steps", type=int, default=50, help="sampling steps")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--num-threads", type=int, help="CPU threads")
+    parser.add_argument("--out", type=Path, help="file for the records (default: beside the run)")
+    parser.add_argument("--no-mlflow", action="store_true", help="do not send the records to MLflow")
+    a = parser.parse_args()
+    request = EvalRequest(
+        data=a.data, metrics=tuple(m for m in a.metrics.split(",") if m), weights=a.weights, seed=a.seed,
+        nll_mode=a.mode, num_calls=a.num_calls, num_images=a.num_images, num_samples=a.num_samples,
+        num_reference=a.num_reference, sampler=a.sampler, steps=a.steps, num_threads=a.num_threads,
+    )  # fmt: skip
+    records = evaluate(a.export, request)
+    write_records(a.out or result_path(a.export, request), records, request)
+    json.dump([r.to_json() for r in records], sys.stdout, indent=2)
+    print()
+    return 0
+
+
+if __name__ == "__main__":
+    run_cli(main)

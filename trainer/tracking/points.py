@@ -1,0 +1,126 @@
+"""What a tracker is told about a run, as plain data built from its files. Standard library only.
+
+Metric names: `train/<name>` for training records, with `train/compute` beside them; `<metric>/<split>` and
+`<metric>/<split>_stderr` for evaluations, with `compute` at the same steps. The step is nimg. The two compute metrics
+are apart because a chart's x axis may be any metric, but only one that exists at exactly the steps it draws.
+
+`<metric>/<split> by GFLOP` repeats an evaluation with its compute as the step: MLflow 3.17 draws a logarithmic x axis
+over steps only, and the scaling curve is wanted on log-log axes.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from data_pipeline.files import write_json
+from trainer.tracking.records import EvalRecord, TrainRecord
+
+TRAIN_COMPUTE = "train/compute"
+COMPUTE = "compute"
+BY_COMPUTE = " by GFLOP"
+LAW_FILE = "law_run.json"
+_SECRET_WORDS = ("password", "secret", "token", "credential", "api_key")
+
+
+class Point(NamedTuple):
+    """One value of one metric."""
+
+    key: str
+    value: float
+    time_ms: int
+    step: int
+
+
+@dataclass(frozen=True)
+class LawRun:
+    """A fit as a tracker shows it: numbers, and fitted curves that are drawn over the trials' own."""
+
+    id: str  # unique to its content: the same fit again is the same run
+    name: str
+    study: str
+    time: float  # Unix seconds
+    metrics: dict[str, float] = field(default_factory=dict)  # parameters, intervals, R^2, ...
+    params: dict[str, str] = field(default_factory=dict)
+    tags: dict[str, str] = field(default_factory=dict)
+    curves: dict[str, list[list[float]]] = field(default_factory=dict)  # metric name -> [compute, value] pairs
+
+    def save(self, folder: Path) -> None:
+        write_json(folder / LAW_FILE, self.__dict__)
+
+    @classmethod
+    def load(cls, folder: Path) -> LawRun:
+        return cls(**json.loads((folder / LAW_FILE).read_text()))
+
+
+def train_points(record: TrainRecord) -> Iterator[Point]:
+    """The points of one training record. Its compute comes last: where that arrived, the others have."""
+    time_ms = _milliseconds(record.time)
+    for name, value in record.values.items():
+        key = name if name.startswith("train/") else f"train/{name}"
+        yield Point(key, _drawable(value), time_ms, record.nimg)
+    yield Point(TRAIN_COMPUTE, record.compute, time_ms, record.nimg)
+
+
+def eval_points(records: Iterable[EvalRecord]) -> dict[tuple[str, int], list[Point]]:
+    """Points by (metric name, nimg): its value and standard error; of several records the latest counts.
+
+    `compute` is a function of the step, so it always carries time 0: whichever evaluation brings it first, it is the
+    same point and is stored once.
+    """
+    points: dict[tuple[str, int], list[Point]] = {}
+    for record in sorted(records, key=lambda r: r.time):
+        key, time_ms = f"{record.metric}/{record.split}", _milliseconds(record.time)
+        group = [Point(COMPUTE, record.compute, 0, record.nimg)]
+        if record.stderr is not None:
+            group.append(Point(f"{key}_stderr", _drawable(record.stderr), time_ms, record.nimg))
+        value = _drawable(record.value)
+        group.append(Point(key + BY_COMPUTE, value, time_ms, _gflop(record.compute)))
+        points[key, record.nimg] = [*group, Point(key, value, time_ms, record.nimg)]
+    return points
+
+
+def law_points(law: LawRun) -> Iterator[Point]:
+    """The law's numbers at step 0, and its curves against `compute`, which all curves share by step."""
+    time_ms = _milliseconds(law.time)
+    for key, value in law.metrics.items():
+        if math.isfinite(value):
+            yield Point(key, value, time_ms, 0)
+    grid = sorted({compute for curve in law.curves.values() for compute, _ in curve})
+    step_of = {compute: step for step, compute in enumerate(grid)}
+    yield from (Point(COMPUTE, compute, time_ms, step) for compute, step in step_of.items())
+    for key, curve in law.curves.items():
+        for compute, value in curve:
+            yield Point(key, value, time_ms, step_of[compute])
+            yield Point(key + BY_COMPUTE, value, time_ms, _gflop(compute))
+
+
+def flatten(tree: Any, prefix: str = "") -> dict[str, str]:
+    """A nested config as `section.key` -> text, without anything that may hold a credential."""
+    if isinstance(tree, dict) and tree:
+        flat: dict[str, str] = {}
+        for key, value in tree.items():
+            flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
+        return flat
+    last = prefix.rpartition(".")[2].lower()
+    if last == "uri" or any(word in last for word in _SECRET_WORDS):
+        return {}
+    return {prefix: tree if isinstance(tree, str) else json.dumps(tree)}
+
+
+def _gflop(compute: float) -> int:
+    """Steps are whole numbers of at most 63 bits, which a great study's FLOPs are not; 0 has no place on a log axis."""
+    return max(1, round(compute / 1e9))
+
+
+def _milliseconds(seconds: float) -> int:
+    return int(seconds * 1000)
+
+
+def _drawable(value: float) -> float:
+    """Infinity as NaN: MLflow would store it as 1.8e308, which flattens every chart."""
+    return value if math.isfinite(value) else math.nan

@@ -1,0 +1,35 @@
+"""Tracking addresses: where the default is, and how one is shown without its credentials."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+DEFAULT_URI = "sqlite:///runs/mlflow.db"
+_CREDENTIALS = re.compile(r"(?<=://)[^/@\s]*@")
+_SECRETS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
+
+
+def default_uri() -> str:
+    """The address in MLFLOW_TRACKING_URI, else a sqlite file in `runs/`."""
+    return os.environ.get("MLFLOW_TRACKING_URI") or DEFAULT_URI
+
+
+def redact(text: str, uri: str = "") -> str:
+    """`text` without the user names, passwords and tokens of an address, of `uri` and of the environment."""
+    user, _, password = _user_info(uri).partition(":")
+    for secret in (password, user, *(os.environ.get(name, "") for name in _SECRETS)):
+        if len(secret) > 3:
+            text = text.replace(secret, "***")
+    return _CREDENTIALS.sub("***@", text)
+
+
+def sqlite_file(uri: str) -> Path | None:
+    """The database file of a sqlite address, else None."""
+    return Path(uri.removeprefix("sqlite:///")) if uri.startswith("sqlite:///") else None
+
+
+def _user_info(uri: str) -> str:
+    found = _CREDENTIALS.search(uri)
+    return found.group()[:-1] if found else ""
