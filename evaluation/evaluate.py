@@ -14,6 +14,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +94,9 @@ def evaluate(export_path: Path, request: EvalRequest, *, progress: bool = True) 
             f"{dataset.manifest.image_size}x{dataset.manifest.image_size}; name a split of the network's size."
         )
     if export.config.model.low_res_size:
-        raise UserError("a super-resolution network has no likelihood or samples of its own: evaluate it with its base.")
+        raise UserError(
+            "a super-resolution network has no likelihood or samples of its own: evaluate it with its base."
+        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = export.network(request.weights).to(device)
     measures: dict[str, Callable[..., EvalRecord]] = {"nll": _nll, "fd": _fd}
@@ -155,12 +158,13 @@ def _floor(dataset: ShardDataset, net: FeatureNet, request: EvalRequest, cache: 
 def _sample_batches(
     export: Export, network: torch.nn.Module, request: EvalRequest, device: torch.device, progress: bool
 ) -> Iterator[torch.Tensor]:
-    with progress_bar(total=request.num_samples * request.steps, unit="call", description="samples", disable=not progress) as bar:
+    calls = request.num_samples * request.steps
+    with progress_bar(total=calls, unit="call", description="samples", disable=not progress) as bar:
         for start in range(0, request.num_samples, SAMPLE_BATCH):
             seeds = range(start, min(start + SAMPLE_BATCH, request.num_samples))
             yield sample_images(
                 network, export.config, seeds, num_steps=request.steps, sampler=request.sampler, seed=request.seed,
-                device=device, progress=lambda n=len(seeds): bar.update(n),
+                device=device, progress=partial(bar.update, len(seeds)),
             )  # fmt: skip
 
 
@@ -191,7 +195,9 @@ def _record(
 def result_path(export_path: Path, request: EvalRequest) -> Path:
     """Where the records of this evaluation are kept: RUN/evals/<nimg>/<key>.json."""
     export_path = Path(export_path).resolve()
-    weights = json.loads((export_path / "manifest.json").read_text())["files"][f"{request.weights}.safetensors"]["sha256"]
+    weights = json.loads((export_path / "manifest.json").read_text())["files"][f"{request.weights}.safetensors"][
+        "sha256"
+    ]
     return export_path.parent.parent / "evals" / export_path.name / f"{request.key(weights)}.json"
 
 

@@ -117,7 +117,7 @@ class _Evaluator:
     def prior(self, plan: Plan) -> NDArray[np.float64]:
         """L_T of every call's image in bits/dim: [num_calls]; it needs no network, and each image once."""
         images, inverse = np.unique(plan.image, return_inverse=True)
-        bits = np.empty(len(images))
+        bits: NDArray[np.float64] = np.empty(len(images))
         for start in range(0, len(images), CHUNK):
             x0, _ = self._load(images[start : start + CHUNK])
             bits[start : start + CHUNK] = self._diffusion.prior_bits(x0).double().cpu().numpy()
@@ -136,7 +136,7 @@ def _summarise(
     replicates = plan.num_replicates
 
     def by_replicate(values: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.bincount(plan.replicate, weights=values, minlength=replicates)
+        return np.bincount(plan.replicate, weights=values, minlength=replicates).astype(np.float64)
 
     weighted = plan.weight * terms
     first = plan.t == 0

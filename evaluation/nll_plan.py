@@ -80,7 +80,8 @@ def probabilities(pilot: Plan, terms: NDArray[np.float64], num_timesteps: int) -
     log_rms = 0.5 * np.log(np.maximum(mean_square, 1e-30))
     centre = np.bincount(cell, weights=_stretched(pilot.t, num_timesteps), minlength=len(edges) - 1) / counts
     rms = np.exp(np.interp(_stretched(np.arange(num_timesteps), num_timesteps), centre, log_rms))
-    return (1 - UNIFORM_SHARE) * rms / rms.sum() + UNIFORM_SHARE / num_timesteps
+    p: NDArray[np.float64] = (1 - UNIFORM_SHARE) * rms / rms.sum() + UNIFORM_SHARE / num_timesteps
+    return p
 
 
 def _stretched(t: NDArray[np.int64], num_timesteps: int) -> NDArray[np.float64]:
@@ -126,7 +127,9 @@ def exact_plan(num_timesteps: int, num_images_total: int, num_images: int, *, se
 def check_num_calls(num_calls: int) -> None:
     """Raises UserError for a budget too small to say anything with an error bar."""
     if num_calls < MIN_CALLS:
-        raise UserError(f"--num-calls {num_calls} is too few for an estimate with an error bar; use {MIN_CALLS} or more.")
+        raise UserError(
+            f"--num-calls {num_calls} is too few for an estimate with an error bar; use {MIN_CALLS} or more."
+        )
 
 
 def _images(num_images: int, count: int, *, seed: int, from_end: bool) -> NDArray[np.int64]:

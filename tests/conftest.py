@@ -30,7 +30,8 @@ TINY_RUN = """
 name: tiny
 run: {{folder: unset}}
 data: {{train: {train}}}
-model: {{image_size: 16, channels: 6, channel_mult: [1, 2], num_res_blocks: 1, attention_resolutions: [8], num_heads: 2}}
+model: {{image_size: 16, channels: 6, channel_mult: [1, 2], num_res_blocks: 1,
+  attention_resolutions: [8], num_heads: 2}}
 diffusion: {{num_timesteps: 100}}
 train: {{global_batch: 8, lr: 1.0e-3, ema_decay: 0.9, grad_clip: 1.0, budget_images: 48, log_every_images: 16,
   export_images: [24], keep_checkpoints: 9}}

@@ -45,6 +45,8 @@ def run_ranks(command: list[str], world_size: int, timeout: float = 240) -> str:
     finally:
         for process in processes:
             process.kill()
-    text = "\n".join(f"--- rank {i} (exit {p.returncode})\n{o}" for i, (p, o) in enumerate(zip(processes, outputs)))
+    text = "\n".join(
+        f"--- rank {i} (exit {p.returncode})\n{o}" for i, (p, o) in enumerate(zip(processes, outputs, strict=True))
+    )
     assert all(p.returncode == 0 for p in processes), text
     return text

@@ -242,7 +242,7 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
 
     Raises UserError when there are checkpoints and none is valid: starting fresh would silently lose a run.
     """
-    skipped = []
+    skipped: list[str] = []
     for path in list_checkpoints(folder):
         problem = verify(path)
         if problem is None:

@@ -211,7 +211,7 @@ def read_tree(path: Path, *, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
     if path in _seen:
         raise ConfigError(f"{path}: `base:` leads back to the file itself; remove the circle.")
     try:
-        tree = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
+        tree: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=True)
     except FileNotFoundError:
         raise ConfigError(f"config file not found: {path}. The shipped ones are in configs/.") from None
     except IsADirectoryError:
@@ -220,11 +220,11 @@ def read_tree(path: Path, *, _seen: tuple[Path, ...] = ()) -> dict[str, Any]:
         raise ConfigError(f"{path} is not valid YAML: {error}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: expected sections with keys, found {type(tree).__name__}.")
-    tree = {str(key): value for key, value in tree.items()}
-    base = tree.pop("base", None)
+    sections = {str(key): value for key, value in tree.items()}
+    base = sections.pop("base", None)
     if base is None:
-        return tree
-    return merge(read_tree(path.parent / str(base), _seen=(*_seen, path)), tree)
+        return sections
+    return merge(read_tree(path.parent / str(base), _seen=(*_seen, path)), sections)
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
@@ -235,11 +235,10 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
         if not equals or not key or key.startswith("-"):
             raise ConfigError(f"argument {word!r} is not of the form section.key=value, such as train.lr=1e-4.")
         try:
-            part = OmegaConf.to_container(OmegaConf.from_dotlist([word]), resolve=True)
+            part: Any = OmegaConf.to_container(OmegaConf.from_dotlist([word]), resolve=True)
         except (yaml.YAMLError, OmegaConfBaseException) as error:
             raise ConfigError(f"argument {word!r} cannot be read: {error}") from None
-        assert isinstance(part, dict)
-        tree = merge(tree, {str(k): v for k, v in part.items()})
+        tree = merge(tree, part)
     return tree
 
 

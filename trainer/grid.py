@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 
 from trainer.config import RunConfig
 from trainer.diffusion.gaussian import Denoiser, GaussianDiffusion
-from trainer.diffusion.samplers import SAMPLERS, SampleNoise, to_uint8
+from trainer.diffusion.samplers import SAMPLERS, Progress, SampleNoise, to_uint8
 from trainer.diffusion.schedules import strided_steps
 from trainer.models import IMAGE_CHANNELS
 
@@ -37,7 +36,7 @@ def sample_images(
     low_res: Tensor | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
-    progress: Callable[[], None] = lambda: None,
+    progress: Progress = lambda: None,
 ) -> Tensor:
     """Samples number seeds[0], seeds[1], ... as uint8 [n, C, H, W]; class-conditional nets cycle through the classes.
 

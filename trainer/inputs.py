@@ -84,11 +84,11 @@ def open_dataset(config: RunConfig) -> ShardDataset:
     if manifest.image_size != config.model.image_size:
         raise ConfigError(
             f"model.image_size={config.model.image_size}, but the images in {config.data.train} are "
-            f"{manifest.image_size}x{manifest.image_size}; prepare them at the size of the network, or change the config."
+            f"{manifest.image_size}x{manifest.image_size}; prepare them at the network's size, or change the config."
         )
     if config.model.num_classes and manifest.num_classes != config.model.num_classes:
         raise ConfigError(
-            f"model.num_classes={config.model.num_classes}, but {config.data.train} has {manifest.num_classes} classes; "
-            "set it to that, or to 0 for an unconditional network."
+            f"model.num_classes={config.model.num_classes}, but {config.data.train} has {manifest.num_classes} "
+            "classes; set it to that, or to 0 for an unconditional network."
         )
     return dataset

@@ -161,9 +161,7 @@ class Run:
                         self.nimg, wait_seconds=steps.wait_seconds, lr=self.learning_rate(),
                         warmed_up=self.timesteps.warmed_up_share(), stop_requested=stop.requested,
                     ))  # fmt: skip
-                if plan.saves(self.nimg):
-                    self.save()
-                elif self.meter.stop_agreed:
+                if plan.saves(self.nimg) or self.meter.stop_agreed:
                     self.save()
                 if self.meter.stop_agreed and self.nimg < plan.total:
                     return self.stopped(stop)

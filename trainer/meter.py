@@ -54,11 +54,14 @@ class Meter:
         quartile = (t * QUARTILES) // self._num_timesteps
         table = self._sums[: QUARTILES * len(_PER_QUARTILE)].view(QUARTILES, len(_PER_QUARTILE))
         absent = torch.zeros_like(losses.loss)
-        rows = torch.stack([
-            torch.ones_like(losses.loss),
-            absent if losses.mse is None else losses.mse.detach(),
-            absent if losses.vb is None else losses.vb.detach(),
-        ], dim=1).double()  # fmt: skip  [B, 3]
+        rows = torch.stack(
+            [
+                torch.ones_like(losses.loss),
+                absent if losses.mse is None else losses.mse.detach(),
+                absent if losses.vb is None else losses.vb.detach(),
+            ],
+            dim=1,
+        ).double()  # fmt: skip  [B, 3]
         table.index_add_(0, quartile, rows)
 
     def add_step(self, loss: Tensor, grad_norm: Tensor) -> None:

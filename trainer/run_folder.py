@@ -77,7 +77,8 @@ class RunFolder:
         save_config(config, stored)
         identity = self.path / "run.json"
         run_id = json.loads(identity.read_text())["id"] if identity.exists() else uuid.uuid4().hex
-        write_json(identity, {"id": run_id, "name": config.name, "seed": config.seed, **facts, "tags": config.tracking.tags})
+        who = {"id": run_id, "name": config.name, "seed": config.seed, "tags": config.tracking.tags}
+        write_json(identity, who | facts)
 
     @contextmanager
     def lock(self) -> Iterator[None]:

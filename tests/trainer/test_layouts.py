@@ -94,7 +94,8 @@ def test_importance_sampling_history_survives_a_resume(runs: Path) -> None:
     assert largest_difference(runs / "resumed-vlb", runs / "vlb") == 0.0
     [*_, checkpoint] = sorted((runs / "vlb" / "checkpoints").iterdir())
     state, resumed = (
-        load_file(runs / name / "checkpoints" / checkpoint.name / "sampler.safetensors") for name in ("vlb", "resumed-vlb")
+        load_file(runs / name / "checkpoints" / checkpoint.name / "sampler.safetensors")
+        for name in ("vlb", "resumed-vlb")
     )
     assert int(state["counts"].sum()) == FULL  # every image's loss was taken in, over both processes
     assert all(torch.equal(state[key], resumed[key]) for key in state)

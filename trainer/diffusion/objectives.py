@@ -20,7 +20,14 @@ class Losses:
 
 
 def training_losses(
-    diffusion: GaussianDiffusion, config: DiffusionConfig, output: Tensor, *, x0: Tensor, x_t: Tensor, t: Tensor, noise: Tensor
+    diffusion: GaussianDiffusion,
+    config: DiffusionConfig,
+    output: Tensor,
+    *,
+    x0: Tensor,
+    x_t: Tensor,
+    t: Tensor,
+    noise: Tensor,
 ) -> Losses:
     """The losses of a batch, unweighted (a timestep sampler's weights come on top).
 

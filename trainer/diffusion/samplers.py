@@ -14,13 +14,15 @@ from torch import Tensor
 from data_pipeline.counter_rng import Stream, generator
 from trainer.diffusion.gaussian import Denoiser, GaussianDiffusion
 
-Progress = Callable[[], None]
+Progress = Callable[[], object]  # called after every step
 
 
 class SampleNoise:
     """Standard normal noise for a batch of samples, sample i's from a generator of its own seed."""
 
-    def __init__(self, seeds: Sequence[int], shape: tuple[int, int, int], *, seed: int = 0, device: str = "cpu") -> None:
+    def __init__(
+        self, seeds: Sequence[int], shape: tuple[int, int, int], *, seed: int = 0, device: str = "cpu"
+    ) -> None:
         self._generators = [generator(seed, Stream.SAMPLE, s) for s in seeds]
         self._shape = shape
         self._device = device

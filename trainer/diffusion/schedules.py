@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +40,8 @@ def cosine_betas(num_timesteps: int, offset: float = 0.008) -> NDArray[np.float6
     """Betas whose alphas_cumprod follow cos²(π/2 · (t/T + s) / (1 + s)) (Nichol & Dhariwal 2021, eq. 17): [T]."""
     t = np.arange(num_timesteps + 1, dtype=np.float64) / num_timesteps
     alphas_cumprod = np.cos((t + offset) / (1 + offset) * math.pi / 2) ** 2
-    return np.minimum(1 - alphas_cumprod[1:] / alphas_cumprod[:-1], MAX_BETA)
+    betas: NDArray[np.float64] = np.minimum(1 - alphas_cumprod[1:] / alphas_cumprod[:-1], MAX_BETA)
+    return betas
 
 
 BETAS = {"linear": linear_betas, "cosine": cosine_betas}
@@ -96,7 +98,7 @@ def _tables(betas: NDArray[np.float64], timestep_map: NDArray[np.int64], num_ori
     else:
         posterior_variance[0] = betas[0]
 
-    def table(values: NDArray[np.float64]) -> Tensor:
+    def table(values: NDArray[np.floating[Any]]) -> Tensor:
         return torch.tensor(values, dtype=torch.float64, device=device)
 
     return Schedule(
@@ -120,9 +122,9 @@ def strided_steps(num_timesteps: int, num_steps: int) -> tuple[int, ...]:
     Raises ConfigError when more steps are asked for than there are.
     """
     if not 1 <= num_steps <= num_timesteps:
-        raise ConfigError(f"{num_steps} sampling steps were asked of a process with {num_timesteps}; use 1 to {num_timesteps}.")
+        raise ConfigError(
+            f"{num_steps} sampling steps were asked of a process with {num_timesteps}; use 1 to {num_timesteps}."
+        )
     if num_steps == 1:
         return (num_timesteps - 1,)
     return tuple(round(i * (num_timesteps - 1) / (num_steps - 1)) for i in range(num_steps))
-
-

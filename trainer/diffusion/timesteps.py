@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
@@ -13,26 +11,8 @@ HISTORY = 10  # losses remembered of each timestep (Nichol & Dhariwal 2021, sect
 UNIFORM_SHARE = 0.001  # of the draws stay uniform, so that no timestep is ever forgotten
 
 
-class TimestepSampler(Protocol):
-    """Draws t and says by what to multiply its loss so that the expectation stays that of uniform t."""
-
-    def draw(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """Uniform numbers [B] in [0, 1) -> t [B] int64, weights [B] float32."""
-
-    def update(self, t: Tensor, losses: Tensor) -> None:
-        """Take in the whole step's timesteps and unweighted losses [global batch], in order of global position."""
-
-    def state(self) -> dict[str, Tensor]:
-        """What a checkpoint must hold; `load` takes it back."""
-
-    def load(self, state: dict[str, Tensor]) -> None: ...
-
-    def warmed_up_share(self) -> Tensor:
-        """Share of timesteps whose history is full (1 where there is none), scalar."""
-
-
 class UniformSampler:
-    """Every timestep equally often."""
+    """Every timestep equally often: the interface of a timestep sampler, and the one without memory."""
 
     needs_losses = False
 
@@ -41,19 +21,22 @@ class UniformSampler:
         self.device = device
 
     def draw(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """Uniform numbers [B] in [0, 1) -> t [B] int64, and weights [B] that keep the loss's expectation."""
         t = (u * self.num_timesteps).long().clamp_(max=self.num_timesteps - 1)
         return t, torch.ones_like(u, dtype=torch.float32)
 
     def update(self, t: Tensor, losses: Tensor) -> None:
-        return None
+        """Take in a step's timesteps and unweighted losses [global batch], in order of global position."""
 
     def state(self) -> dict[str, Tensor]:
+        """What a checkpoint must hold."""
         return {}
 
     def load(self, state: dict[str, Tensor]) -> None:
-        return None
+        """Take back what `state` gave."""
 
     def warmed_up_share(self) -> Tensor:
+        """Share of timesteps whose history is full, scalar."""
         return torch.ones((), device=self.device)
 
 
@@ -109,10 +92,9 @@ class LossSecondMomentSampler:
         return (self.counts >= HISTORY).double().mean()
 
 
-SAMPLERS = {"uniform": UniformSampler, "loss_second_moment": LossSecondMomentSampler}
-
-
 def make_timestep_sampler(
     config: DiffusionConfig, device: torch.device | str = "cpu"
 ) -> UniformSampler | LossSecondMomentSampler:
-    return SAMPLERS[config.timestep_sampler](config.num_timesteps, device)
+    if config.timestep_sampler == "uniform":
+        return UniformSampler(config.num_timesteps, device)
+    return LossSecondMomentSampler(config.num_timesteps, device)

@@ -62,9 +62,8 @@ class ResBlock(nn.Module):
             h = torch.addcmul(shift, self.norm2(h), 1 + scale)
         else:
             h = self.norm2(h + emb)
-        h = self.conv2(self.dropout(F.silu(h)))
-        skipped: Tensor = self.skip(x)
-        return skipped + h
+        out: Tensor = self.skip(x) + self.conv2(self.dropout(F.silu(h)))
+        return out
 
 
 class Attention(nn.Module):
@@ -83,7 +82,8 @@ class Attention(nn.Module):
         qkv = self.qkv(self.norm(x))
         # Heads are the outer split and q, k, v the inner one: the reference's order, kept so that its weights fit.
         qkv = qkv.reshape(batch, self.num_heads, 3, channels // self.num_heads, height * width)
-        q, k, v = qkv.transpose(-1, -2).unbind(dim=2)  # each [B, heads, H * W, C / heads]
+        # Contiguous copies are small, and without them the CPU falls back to an attention that is not fused.
+        q, k, v = (part.contiguous() for part in qkv.transpose(-1, -2).unbind(dim=2))  # [B, heads, H * W, C / heads]
         h = F.scaled_dot_product_attention(q, k, v)  # scores scaled by (C / heads) ** -0.5
         h = h.transpose(-1, -2).reshape(batch, channels, height, width)
         projected: Tensor = self.proj(h)

@@ -70,7 +70,7 @@ class UNet(nn.Module):
                 channels = width
                 skips.append(channels)
 
-        self.middle = nn.ModuleList([block(channels, channels, attention=True), block(channels, channels, attention=False)])
+        self.middle = nn.ModuleList(block(channels, channels, attention=attention) for attention in (True, False))
 
         self.decoder = nn.ModuleList()
         for level, mult in reversed(list(enumerate(config.channel_mult))):

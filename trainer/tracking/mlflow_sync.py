@@ -53,6 +53,7 @@ from trainer.tracking.records import read_eval_records, read_train_records
 from trainer.tracking.uri import default_uri, redact, sqlite_file
 
 RUN_ID_TAG, STUDY_TAG, KIND_TAG = "run_id", "study", "kind"
+VIEW_TAG = "mlflow.sharedViewState."
 _MAX_METRICS, _MAX_TAGS, _MAX_TEXT = 1000, 100, 5000
 
 
@@ -197,6 +198,17 @@ def write_views(tracker: Tracker, tags: Mapping[str, str]) -> str:
     return tracker.experiment_id
 
 
+def saved_views(uri: str) -> list[tuple[str, str, str, str]]:
+    """The saved views of every experiment as (experiment, its id, key, name)."""
+    found = []
+    for experiment in MlflowClient(tracking_uri=uri).search_experiments():
+        for tag, value in experiment.tags.items():
+            if tag.startswith(VIEW_TAG):
+                key = tag.removeprefix(VIEW_TAG)
+                found.append((experiment.name, str(experiment.experiment_id), key, json.loads(value)["name"]))
+    return found
+
+
 def sync_folder(folder: Path, tracker: Tracker, seen: dict[Path, tuple[Any, ...]]) -> bool:
     """One pass over a run or study folder, leaving out what has not changed since `seen`. True: all is complete."""
     runs = run_folders(folder)
@@ -294,7 +306,7 @@ def connect(uri: str | None, experiment: str, *, attempts: int = 3) -> Tracker:
             if attempt == attempts - 1:
                 raise UserError(
                     f"MLflow at {redact(uri)} does not answer: {redact(str(error), uri)[:300]}. The records are "
-                    "safe in the run folders: start the server or give another --tracking-uri, and run the command again."
+                    "safe in the run folders: start the server or give another --tracking-uri, and try again."
                 ) from None
         time.sleep(backoff.next())
     raise AssertionError("unreachable")

@@ -1,8 +1,9 @@
 """What a tracker is told about a run, as plain data built from its files. Standard library only.
 
-Metric names: `train/<name>` for training records, with `train/compute` beside them; `<metric>/<split>` and
-`<metric>/<split>_stderr` for evaluations, with `compute` at the same steps. The step is nimg. The two compute metrics
-are apart because a chart's x axis may be any metric, but only one that exists at exactly the steps it draws.
+Metric names: `train/<name>` or `speed/<name>` for training records, with `train/compute` beside them;
+`<metric>/<split>` and `<metric>/<split>_stderr` for evaluations, with `compute` at the same steps. The step is nimg.
+The two compute metrics are apart because a chart's x axis may be any metric, but only one that exists at exactly the
+steps it draws.
 
 `<metric>/<split> by GFLOP` repeats an evaluation with its compute as the step: MLflow 3.17 draws a logarithmic x axis
 over steps only, and the scaling curve is wanted on log-log axes.
@@ -61,7 +62,7 @@ def train_points(record: TrainRecord) -> Iterator[Point]:
     """The points of one training record. Its compute comes last: where that arrived, the others have."""
     time_ms = _milliseconds(record.time)
     for name, value in record.values.items():
-        key = name if name.startswith("train/") else f"train/{name}"
+        key = name if "/" in name else f"train/{name}"
         yield Point(key, _drawable(value), time_ms, record.nimg)
     yield Point(TRAIN_COMPUTE, record.compute, time_ms, record.nimg)
 

@@ -94,7 +94,7 @@ def segments(run_folder: Path) -> list[tuple[int, Path]]:
 def read_train_records(run_folder: Path) -> Iterator[TrainRecord]:
     """All valid training records in order of nimg; a half-written last line is left out."""
     parts = segments(run_folder)
-    for (start, path), following in zip(parts, [*parts[1:], None], strict=True):
+    for (start, path), following in zip(parts, [*parts[1:], None], strict=False):
         end = following[0] if following else None
         with open(path, encoding="utf-8") as file:
             for line in file:

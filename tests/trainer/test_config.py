@@ -1,0 +1,90 @@
+"""Configs: inheritance, overrides, and errors that name key, value and remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.errors import ConfigError
+from trainer.config import RunConfig, load_config, save_config
+
+ROOT = Path(__file__).resolve().parents[2]
+RUNS = sorted((ROOT / "configs" / "runs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda p: str(p.relative_to(ROOT / "configs")))
+def test_shipped_configs_are_valid_and_survive_a_round_trip(path: Path, tmp_path: Path) -> None:
+    config = load_config(path)
+    save_config(config, tmp_path / "resolved.yaml")
+    assert load_config(tmp_path / "resolved.yaml") == config
+
+
+def test_bases_merge_by_key_and_lists_are_replaced(tmp_path: Path, tiny_config: Path) -> None:
+    child = tmp_path / "child.yaml"
+    child.write_text(f"base: {tiny_config}\nmodel: {{channel_mult: [1, 2, 2]}}\ntrain: {{lr: 0.5}}\n")
+    config = load_config(child, ["train.lr=0.25", "seed=7", "train.export_images=[8,16]"])
+    assert config.model.channel_mult == (1, 2, 2)
+    assert config.model.channels == load_config(tiny_config).model.channels
+    assert (config.train.lr, config.seed, config.train.export_images) == (0.25, 7, (8, 16))
+
+
+def test_a_budget_on_the_command_line_replaces_the_other_kind(tiny_config: Path) -> None:
+    config = load_config(tiny_config, ["train.budget_flops=1e9"])
+    assert (config.train.budget_images, config.train.budget_flops) == (None, 1e9)
+
+
+@pytest.mark.parametrize(
+    ("override", "expected"),
+    [
+        ("train.lrr=1", ["train.lrr=1", "unknown key", "did you mean 'lr'"]),
+        ("optimizer.lr=1", ["optimizer", "unknown key", "known keys here"]),
+        ("train.lr=fast", ["train.lr='fast'", "valid number"]),
+        ("train.global_batch=0", ["train.global_batch=0", "greater than or equal to 1"]),
+        ("model.channels=10", ["model.channels=10", "num_heads", "multiple of num_heads"]),
+        ("model.image_size=15", ["model.image_size=15", "multiple of 2"]),
+        ("model.channels=7", ["model.channels=7"]),
+        ("model.low_res_size=5", ["model.low_res_size=5", "divide"]),
+        ("diffusion.objective=simple", ["diffusion.objective=simple", "fixed_small"]),
+        ("diffusion.variance=fixed_small", ["diffusion.variance=fixed_small", "learned_range"]),
+        ("train.micro_batch=3", ["train.micro_batch=3", "train.global_batch=8"]),
+        ("engine.zero_stage=4", ["engine.zero_stage=4"]),
+        ("train.budget_images=null", ["train.budget_images", "train.budget_flops"]),
+        ("justaword", ["justaword", "section.key=value"]),
+    ],
+)
+def test_errors_name_key_value_and_remedy(tiny_config: Path, override: str, expected: list[str]) -> None:
+    overrides = [override] if "num_heads" not in expected else [override, "model.num_heads=3"]
+    with pytest.raises(ConfigError) as caught:
+        load_config(tiny_config, overrides)
+    for part in expected:
+        assert part in str(caught.value)
+
+
+def test_linear_schedule_that_cannot_be(tiny_config: Path) -> None:
+    with pytest.raises(ConfigError, match=r"num_timesteps=20.*linear"):
+        load_config(tiny_config, ["diffusion.schedule=linear", "diffusion.num_timesteps=20"])
+
+
+@pytest.mark.parametrize("text", ["a: [", "just text", "base: other.yaml"])
+def test_broken_files_are_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"broken\.yaml|other\.yaml"):
+        load_config(path)
+
+
+def test_a_circle_of_bases_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("base: b.yaml")
+    (tmp_path / "b.yaml").write_text("base: a.yaml")
+    with pytest.raises(ConfigError, match="circle"):
+        load_config(tmp_path / "a.yaml")
+
+
+def test_missing_sections_are_listed(tmp_path: Path) -> None:
+    path = tmp_path / "empty.yaml"
+    path.write_text("name: x\n")
+    with pytest.raises(ConfigError) as caught:
+        load_config(path)
+    assert all(f"{key}: missing" in str(caught.value) for key in ("run", "data", "model", "train"))
+    assert RunConfig.model_fields.keys() >= {"run", "data", "model", "train"}
