@@ -11,9 +11,6 @@ command -v "$python" >/dev/null || fail "$python not found: install Python 3.10 
 "$python" -c 'import sys; sys.exit(sys.version_info < (3, 10))' ||
   fail "$("$python" --version) is too old: 3.10 or newer is needed; name one: make PYTHON=python3.12 ..."
 "$python" -c 'import ensurepip, venv' 2>/dev/null || fail "Python's venv is missing: on Debian or Ubuntu, apt install python3-venv"
-"$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' ||
-  fail "Python's headers are missing (DeepSpeed compiles with them): on Debian or Ubuntu, apt install python3-dev"
-command -v c++ >/dev/null || command -v g++ >/dev/null || fail "a C++ compiler is missing: on Debian or Ubuntu, apt install g++"
 
 [ -x .venv/bin/python ] || { echo "creating .venv"; "$python" -m venv .venv; }
 pip=(.venv/bin/python -m pip --disable-pip-version-check)
@@ -43,12 +40,5 @@ fi
 echo "installing the project and its tested versions"
 "${pip[@]}" install --constraint constraints.txt --editable ".[dev]"
 
-# DeepSpeed compiles its shared-memory communication at first use; done here, no training run waits for it.
-if ! .venv/bin/python -c 'import torch, sys; sys.exit(torch.cuda.is_available())'; then :; else
-  echo "compiling DeepSpeed's CPU communication (about a minute, once)"
-  DS_ACCELERATOR=cpu PATH="$PWD/.venv/bin:$PATH" .venv/bin/python -c '
-from deepspeed.ops.op_builder.cpu import ShareMemCommBuilder
-ShareMemCommBuilder().load()' >/dev/null
-fi
 date > .venv/.installed
 echo "set up: .venv"

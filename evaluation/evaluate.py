@@ -11,6 +11,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import os
+import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -25,6 +27,7 @@ from numpy.typing import NDArray
 from data_pipeline.dataset import ShardDataset
 from data_pipeline.errors import UserError, run_cli
 from data_pipeline.files import write_json
+from data_pipeline.manifest import Manifest
 from data_pipeline.progress import progress_bar
 from evaluation.features import FeatureNet, get_feature_net, metric_name
 from evaluation.features.reference import reference_stats, split_floor, stats_of_images
@@ -61,7 +64,7 @@ class EvalRequest:
     def key(self, weights_sha256: str) -> str:
         """Names the evaluation of these weights: equal requests have equal keys, whoever asks."""
         content = {k: str(v) for k, v in asdict(self).items() if k not in ("num_threads", "data")}
-        content["data"] = str(Path(self.data).resolve())
+        content["data"] = Manifest.load(self.data).fingerprint
         content["weights_sha256"] = weights_sha256
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -119,7 +122,7 @@ def _nll(
     )  # fmt: skip
     return _record(
         export, request, dataset, metric="nll", value=estimate.bits_per_dim, stderr=estimate.stderr,
-        n=estimate.num_calls, measured=estimate.measured,
+        n=estimate.num_calls, measured=estimate.measured, details=estimate.details(),
     )  # fmt: skip
 
 
@@ -128,7 +131,7 @@ def _fd(
     progress: bool,
 ) -> EvalRecord:  # fmt: skip
     net = get_feature_net(request.feature_net, device=str(device))
-    cache = Path(request.data) / ".features"
+    cache = request.data / ".features" if os.access(request.data, os.W_OK) else None
     reference = reference_stats(dataset, net, num=request.num_reference, cache=cache, progress=progress)
     samples = stats_of_images(
         net, _sample_batches(export, network, request, device, progress), data=export.weights_sha256[request.weights]
@@ -140,15 +143,14 @@ def _fd(
         "sampler": request.sampler,
         "steps": request.steps,
         "num_reference": reference.num,
-        "floor": _floor(dataset, net, request, cache),
     }
     return _record(
         export, request, dataset, metric=metric_name(net), value=frechet_distance(samples, reference), stderr=None,
-        n=request.num_samples, measured=measured,
+        n=request.num_samples, measured=measured, details={"floor": _floor(dataset, net, request, cache)},
     )  # fmt: skip
 
 
-def _floor(dataset: ShardDataset, net: FeatureNet, request: EvalRequest, cache: Path) -> float | None:
+def _floor(dataset: ShardDataset, net: FeatureNet, request: EvalRequest, cache: Path | None) -> float | None:
     """Real against real at the same N: what samples as good as the data would get; None for too small a split."""
     if len(dataset) < 2 * request.num_samples:
         return None
@@ -170,7 +172,7 @@ def _sample_batches(
 
 def _record(
     export: Export, request: EvalRequest, dataset: ShardDataset, *, metric: str, value: float, stderr: float | None,
-    n: int, measured: dict[str, Any],
+    n: int, measured: dict[str, Any], details: dict[str, Any],
 ) -> EvalRecord:  # fmt: skip
     info = export.info
     return EvalRecord(
@@ -181,6 +183,7 @@ def _record(
         n=n,
         seeds=[request.seed],
         measured={**measured, "weights": request.weights},
+        details=details,
         data=dataset.manifest.fingerprint,
         weights=export.weights_sha256[request.weights],
         run=info["run"],
@@ -195,9 +198,8 @@ def _record(
 def result_path(export_path: Path, request: EvalRequest) -> Path:
     """Where the records of this evaluation are kept: RUN/evals/<nimg>/<key>.json."""
     export_path = Path(export_path).resolve()
-    weights = json.loads((export_path / "manifest.json").read_text())["files"][f"{request.weights}.safetensors"][
-        "sha256"
-    ]
+    files = json.loads((export_path / "manifest.json").read_text())["files"]
+    weights = files[f"{request.weights}.safetensors"]["sha256"]
     return export_path.parent.parent / "evals" / export_path.name / f"{request.key(weights)}.json"
 
 
@@ -205,6 +207,18 @@ def write_records(path: Path, records: Sequence[EvalRecord], request: EvalReques
     """Write an evaluation's records and its request, atomically."""
     spec = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(request).items()}
     write_json(path, {"records": [r.to_json() for r in records], "spec": spec})
+
+
+def send_to_mlflow(export_path: Path) -> None:
+    """Mirror the run's records to where its config says; a tracker that is down costs a warning, no result."""
+    tracking = open_export(export_path).config.tracking
+    run = export_path.resolve().parent.parent
+    if not (run / "run.json").exists():
+        return  # an export that was copied away from its run
+    environment = dict(os.environ) | ({"MLFLOW_TRACKING_URI": tracking.uri} if tracking.uri else {})
+    command = [sys.executable, "-m", "trainer.tracking.mlflow_sync", str(run), "--experiment", tracking.experiment]
+    if subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=False).returncode != 0:
+        print("warning: MLflow was not reached; the records are in the run folder.", file=sys.stderr)
 
 
 def main() -> int:
@@ -233,6 +247,8 @@ def main() -> int:
     )  # fmt: skip
     records = evaluate(a.export, request)
     write_records(a.out or result_path(a.export, request), records, request)
+    if not a.no_mlflow and a.out is None:
+        send_to_mlflow(a.export)
     json.dump([r.to_json() for r in records], sys.stdout, indent=2)
     print()
     return 0

@@ -37,7 +37,13 @@ class NllEstimate:
     decoder: float  # L_0
     num_calls: int  # network calls (images through the network), pilot included
     num_images: int
+    num_replicates: int
     measured: dict[str, Any]  # what exactly was estimated, for the record
+
+    def details(self) -> dict[str, Any]:
+        """What came out beside the value."""
+        names = ("prior", "middle", "decoder", "num_images", "num_replicates")
+        return {name: getattr(self, name) for name in names}
 
 
 # Labels [n] of the dataset's samples -> the denoiser that knows them (unconditional nets ignore them).
@@ -149,11 +155,6 @@ def _summarise(
         "mode": mode,
         "num_timesteps": diffusion.num_timesteps,
         "clip_denoised": True,
-        "num_images": len(np.unique(plan.image)),
-        "replicates": replicates,
-        "prior": float(last.mean()),
-        "middle": float(middle.mean()),
-        "decoder": float(decoder.mean()),
     }
     return NllEstimate(
         bits_per_dim=float(totals.mean()),
@@ -163,5 +164,6 @@ def _summarise(
         decoder=float(decoder.mean()),
         num_calls=len(plan) + extra_calls,
         num_images=len(np.unique(plan.image)),
+        num_replicates=replicates,
         measured=measured,
     )

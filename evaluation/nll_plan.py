@@ -133,6 +133,9 @@ def check_num_calls(num_calls: int) -> None:
 
 
 def _images(num_images: int, count: int, *, seed: int, from_end: bool) -> NDArray[np.int64]:
-    """`count` sample numbers from one seeded permutation of the split, repeated where it is shorter."""
-    order = generator(seed, Stream.NLL_PLAN, _IMAGE_BLOCK).permutation(num_images)
-    return np.resize(order[::-1] if from_end else order, count).astype(np.int64)
+    """`count` sample numbers: whole passes over the split, each in its own order, so that pairings never repeat."""
+    passes = [
+        generator(seed, Stream.NLL_PLAN, _IMAGE_BLOCK + number).permutation(num_images)
+        for number in range(-(-count // num_images))
+    ]
+    return np.concatenate([order[::-1] if from_end else order for order in passes])[:count].astype(np.int64)

@@ -101,6 +101,10 @@ def start_processes(*, num_cpu_threads: int | None) -> Processes:
 def _init_process_group(device: torch.device) -> None:
     import deepspeed  # heavy; imported here so that `--help` and config errors are instant
 
+    if device.type == "cpu":
+        # DeepSpeed would compile a shared-memory all-reduce here that only its inference engine calls: a minute at
+        # the first start, and a lock left behind for ever where that start is killed. Say that no op can be built.
+        deepspeed.ops.__compatible_ops__ = {}
     try:
         deepspeed.init_distributed(
             dist_backend="nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30), verbose=False

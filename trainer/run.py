@@ -14,9 +14,13 @@ sys.path[0] = str(Path(__file__).resolve().parents[1])
 
 import argparse
 import os
+import traceback
+from typing import NoReturn
 
-from data_pipeline.errors import ConfigError, UserError, disk_message, exit_with
+from data_pipeline.errors import INTERRUPTED_EXIT, USER_ERROR_EXIT, ConfigError, UserError
 from trainer.config import RunConfig, load_config
+
+CRASHED = 1
 
 
 def parse_arguments(arguments: list[str] | None = None) -> RunConfig:
@@ -44,23 +48,27 @@ def main(config: RunConfig) -> int:
     return train(config, processes, stop)
 
 
-def command_line() -> None:
-    """`main` for a shell: user errors as one message from the first process, exit codes as documented."""
-    first = os.environ.get("RANK", "0") == "0"
+def command_line() -> NoReturn:
+    """`main` for a shell: user errors as one message from the first process, exit codes as documented.
+
+    Ends by `os._exit`: threads of gloo and of a half-built process group can hang in the interpreter's teardown.
+    """
     try:
         code = main(parse_arguments())
     except UserError as error:
-        exit_with(str(error)) if first else sys.exit(2)
+        code, message = USER_ERROR_EXIT, str(error)
+        if os.environ.get("RANK", "0") == "0":
+            print(f"error: {message}", file=sys.stderr)
     except KeyboardInterrupt:
-        exit_with("interrupted.", 130)
-    except OSError as error:
-        message = disk_message(error)
-        if message is None:
-            raise
-        exit_with(message)
+        code = INTERRUPTED_EXIT
+    except SystemExit as error:  # argparse
+        code = error.code if isinstance(error.code, int) else USER_ERROR_EXIT
+    except Exception:
+        code = CRASHED
+        traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(code)  # gloo and shared-memory threads can hang in the interpreter's own teardown
+    os._exit(code)
 
 
 if __name__ == "__main__":

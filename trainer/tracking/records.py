@@ -38,7 +38,7 @@ class EvalRecord:
     stderr: float | None  # None where it was not estimated
     n: int  # network calls (NLL) or samples (distances)
     seeds: list[int]
-    measured: dict[str, Any]  # bound, T, clipping, weights, feature net and hash, sampler, reference, ...
+    measured: dict[str, Any]  # what exactly: bound, T, clipping, feature net and hash, ...; only equal ones compare
     data: str  # fingerprint of the data
     weights: str  # sha256 of the evaluated weights file
     run: str
@@ -48,6 +48,7 @@ class EvalRecord:
     flops_per_image: float  # training FLOPs of one image
     seed: int  # the training run's seed
     flop_convention: str = FLOP_CONVENTION
+    details: dict[str, Any] = field(default_factory=dict)  # what came out beside the value: parts, floor, ...
     time: float = field(default_factory=time.time)
 
     def to_json(self) -> dict[str, Any]:

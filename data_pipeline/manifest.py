@@ -1,0 +1,123 @@
+"""What a folder of shards holds: the one file that says whether a data split is there and which it is."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from data_pipeline.errors import DataError
+from data_pipeline.files import write_atomic
+
+FILE_NAME = "manifest.json"
+FORMAT: Literal["image-shards/1"] = "image-shards/1"
+
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+PlainFileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # shards lie beside the manifest
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+
+class Shard(_Part):
+    """One tar file."""
+
+    file: PlainFileName
+    num_samples: int = Field(ge=1)
+    num_bytes: int = Field(ge=1)
+    sha256: Sha256
+
+
+class SourceInfo(_Part):
+    """Where the images came from."""
+
+    kind: str  # the name under which `prepare` knows the source
+    options: dict[str, str | int | float | bool]  # all that decides which images: equal options, equal images
+    origin: str  # which archive or folder answered; for the reader only
+
+
+class Manifest(_Part):
+    """One split of a data set, as it lies in a folder."""
+
+    format: Literal["image-shards/1"]
+    name: str  # of the data set
+    split: str  # "train" or "test"
+    num_samples: int = Field(ge=1)
+    image_size: int = Field(ge=1)  # pixels; images are square
+    num_channels: Literal[3]
+    num_classes: int = Field(ge=0)  # 0: unlabelled
+    class_names: list[str]
+    encoding: Literal["png"]
+    preprocessing: str  # how originals became image_size x image_size, by name; "none" where they already were
+    source: SourceInfo
+    fingerprint: Sha256  # of pixels and labels, see fingerprint.py
+    index_sha256: Sha256  # of index.npz
+    shards: list[Shard]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Manifest:
+        counted = sum(shard.num_samples for shard in self.shards)
+        if counted != self.num_samples:
+            raise ValueError(f"num_samples is {self.num_samples}, but the shards hold {counted}")
+        if len(self.class_names) != self.num_classes:
+            raise ValueError(f"num_classes is {self.num_classes}, but {len(self.class_names)} classes are named")
+        if len({shard.file for shard in self.shards}) != len(self.shards):
+            raise ValueError("a shard is listed twice")
+        return self
+
+    def save(self, folder: Path) -> None:
+        """Write the manifest into `folder`, atomically; it comes last, after the shards and the index."""
+        write_atomic(folder / FILE_NAME, self.model_dump_json(indent=2) + "\n")
+
+    @classmethod
+    def load(cls, folder: Path) -> Manifest:
+        """Read the manifest of `folder`.
+
+        Raises:
+            DataError: there is none, or it is not a valid one; says which field and what would be right.
+        """
+        path = folder / FILE_NAME
+        try:
+            text = path.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise DataError(_missing(folder)) from None
+        except UnicodeDecodeError as error:
+            raise DataError(f"{path} is damaged: {error}. {remedy(folder)}") from None
+        try:
+            return cls.model_validate_json(text)
+        except ValidationError as error:
+            found = re.search(r'"format":\s*"([^"]*)"', text)
+            if found and found[1] != FORMAT:
+                raise DataError(
+                    f"{path}: format is '{found[1]}', this version reads '{FORMAT}'. {remedy(folder)}"
+                ) from None
+            raise DataError(f"{path} is not a valid manifest: {_first_problem(error)}. {remedy(folder)}") from None
+
+
+def remedy(folder: Path, source: SourceInfo | None = None) -> str:
+    """What to do about a damaged split: the command that makes it anew."""
+    out = folder.parent
+    command = f"python -m data_pipeline.prepare {source.kind if source else 'cifar10'} --out {out}"
+    if source is None:
+        return f"Remove {out} and make it anew, for example: {command}"
+    return f"Remove {out} and make it anew: {command}" + (" (and the options of then)" if source.options else "")
+
+
+def _missing(folder: Path) -> str:
+    if not folder.is_dir():
+        what = f"there is no folder {folder}"
+    else:
+        splits = sorted(path.parent.name for path in folder.glob(f"*/{FILE_NAME}"))
+        if splits:
+            return f"{folder} is not one split but holds several: use {' or '.join(str(folder / s) for s in splits)}."
+        what = f"{folder} holds no {FILE_NAME}, so it is no prepared data split"
+    return f"{what}. Make one, for example: python -m data_pipeline.prepare cifar10 --out {folder.parent}"
+
+
+def _first_problem(error: ValidationError) -> str:
+    details: Any = error.errors()[0]
+    where = ".".join(str(part) for part in details["loc"]) or "the file"
+    return f"{where}: {details['msg']} (found {str(details['input'])[:80]!r})"

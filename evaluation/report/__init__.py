@@ -1,0 +1,1 @@
+"""Figures and tables of what was evaluated, built as plain data."""

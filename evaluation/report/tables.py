@@ -1,0 +1,139 @@
+"""Tables for the terminal: points, frontier, slopes, fits with intervals, distances. Plain strings."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from evaluation.report.style import metric_label, size_label, split_label
+from evaluation.scaling.law import Law, LawFit
+from evaluation.scaling.points import Point
+
+_INDENT = "  "
+
+
+def law_report(law: Law) -> str:
+    """Everything about one metric's law: points, slopes, fits, hold-out, and what it means."""
+    where = f" on {split_label(law.split)}" if law.split else ""
+    parts = [
+        f"{metric_label(law.metric)}{where} against training compute ({law.flop_convention})",
+        points_table(law),
+        slopes_table(law),
+        fits_table(law),
+        *([hold_out_table(law)] if any(f.hold_out.points for f in law.fits) else []),
+        "\n".join(f"{_INDENT}- {note}" for note in law.notes),
+    ]
+    return "\n\n".join(parts)
+
+
+def points_table(law: Law) -> str:
+    """Every point by size and compute; `*` marks the frontier, the last column says why others are not on it."""
+    frontier = set(law.frontier.points)
+    reasons = {e.point: e.reason for e in law.frontier.exclusions}
+    points = sorted({*law.frontier.candidates, *reasons}, key=lambda p: (p.num_params, p.run, p.compute))
+    rows = [
+        [
+            "*" if p in frontier else "",
+            p.run,
+            size_label(p.num_params),
+            f"{p.images:,}" if p.images else "",
+            f"{p.compute:.3g}",
+            _value(p),
+            reasons.get(p, "on the frontier"),
+        ]
+        for p in points
+    ]
+    return table(["", "run", "parameters", "images", "FLOPs", law.metric, "frontier"], rows, left=(0, 1, 6))
+
+
+def slopes_table(law: Law) -> str:
+    """The log-log slope of each size's own learning curve."""
+    rows = [
+        [
+            size_label(s.num_params),
+            str(s.num_runs),
+            str(s.num_points),
+            f"{s.min_compute:.2g} .. {s.max_compute:.2g}",
+            "" if s.slope is None else f"{s.slope:.4f}",
+            "" if s.stderr is None else f"{s.stderr:.4f}",
+            "yes" if s.num_params in law.frontier.sizes else "no",
+        ]
+        for s in law.size_slopes
+    ]
+    return table(["size", "runs", "points", "FLOPs", "log-log slope", "SE", "reaches the frontier"], rows, left=(0,))
+
+
+def fits_table(law: Law) -> str:
+    """Both forms, fitted to the frontier: parameters with intervals, quality, certificate, status."""
+    rows = [_fit_row(f) for f in law.fits]
+    header = ["form", "points", "exponent b", "95 % (runs)", "constant c", "95 % (profile)", "R² log", "R²", "held-out"]
+    return table([*header, "starts", "cond.", "status"], rows, left=(0, 11))
+
+
+def hold_out_table(law: Law) -> str:
+    """Held-out frontier points and what each form, fitted below the cut, says of them."""
+    held = next(f.hold_out.points for f in law.fits if f.hold_out.points)
+    predictions = {f.fit.form: {h.point: h for h in f.hold_out.points} for f in law.fits}
+    rows = []
+    for point in (h.point for h in held):
+        row = [point.run, f"{point.compute:.3g}", _value(point)]
+        for form in predictions:
+            h = predictions[form].get(point)
+            row += ["", ""] if h is None else [f"{h.predicted:.4g}", f"{h.relative_error:+.1%}"]
+        rows.append(row)
+    return table(["held-out point", "FLOPs", law.metric, "power", "error", "with constant", "error"], rows, left=(0,))
+
+
+def distance_table(points: Sequence[Point], *, num_samples: int, floor: float | None = None) -> str:
+    """Distances of samples by run, with the real-against-real floor at the same N."""
+    ordered = sorted(points, key=lambda p: (p.num_params, p.run, p.compute))
+    rows = [
+        [p.run, size_label(p.num_params), f"{p.images:,}", f"{p.compute:.3g}", str(num_samples), _value(p)]
+        for p in ordered
+    ]
+    if floor is not None:
+        rows.append(["real against real", "", "", "", str(num_samples), f"{floor:.4g}"])
+    name = ordered[0].metric if ordered else "distance"
+    return table(["run", "parameters", "images", "FLOPs", "N", name], rows, left=(0,))
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[int] = ()) -> str:
+    """A plain text table; columns are right-aligned except those in `left`, and empty columns are left out."""
+    used = [i for i in range(len(header)) if any(row[i] for row in rows)] or list(range(len(header)))
+    lines = [[row[i] for i in used] for row in (header, *rows)]
+    widths = [max(len(line[k]) for line in lines) for k in range(len(used))]
+
+    def align(line: Sequence[str]) -> str:
+        cells = zip(line, widths, used, strict=True)
+        return _INDENT + "  ".join(c.ljust(w) if i in left else c.rjust(w) for c, w, i in cells)
+
+    aligned = [align(line) for line in lines]
+    rule = _INDENT + "  ".join("-" * width for width in widths)
+    return "\n".join(line.rstrip() for line in (aligned[0], rule, *aligned[1:]))
+
+
+def _value(point: Point) -> str:
+    return f"{point.value:.4g}" if point.stderr is None else f"{point.value:.3f} ± {point.stderr:.3f}"
+
+
+def _fit_row(law_fit: LawFit) -> list[str]:
+    fit, boot, held = law_fit.fit, law_fit.bootstrap, law_fit.hold_out
+    name = {"power": "a C^-b", "power_constant": "c + a C^-b"}[fit.form]
+    curve = fit.curve
+    if curve is None or fit.r2_log is None or fit.r2_linear is None:
+        return [name, str(fit.num_points), *[""] * 9, f"{fit.status}: {fit.message}"]
+    interval = boot.exponent if boot else None
+    doubt = "?" if boot and boot.status != "ok" else ""
+    return [
+        name,
+        str(fit.num_points),
+        f"{curve.exponent:.4f} ± {fit.exponent_stderr or 0.0:.4f}",
+        f"{interval[0]:.4f} .. {interval[1]:.4f}{doubt}" if interval else "",
+        f"{curve.constant:.3f}" if fit.form == "power_constant" else "",
+        f"{fit.constant_interval[0]:.3f} .. {fit.constant_interval[1]:.3f}" if fit.constant_interval else "",
+        f"{fit.r2_log:.4f}",
+        f"{fit.r2_linear:.4f}",
+        "" if held.mean_relative_error is None else f"{held.mean_relative_error:.1%}",
+        f"{fit.share_of_starts:.0%}" if fit.share_of_starts is not None else "",
+        f"{fit.condition_number:.3g}" if fit.condition_number is not None else "",
+        fit.status,
+    ]

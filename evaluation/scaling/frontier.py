@@ -1,0 +1,144 @@
+"""The compute frontier (lower envelope of value against compute), and the slope of each size's own curve."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluation.scaling.points import Array, Columns, Point, columns
+
+MIN_IMAGES = 1000  # points before this are a network still at its initialisation, never fitted
+
+
+@dataclass(frozen=True)
+class Exclusion:
+    """A point that is not on the frontier, and why."""
+
+    point: Point
+    reason: str
+
+
+@dataclass(frozen=True)
+class Frontier:
+    """The points that no run beats at their compute."""
+
+    points: tuple[Point, ...]  # by compute
+    candidates: tuple[Point, ...]  # all that were admitted, by compute
+    exclusions: tuple[Exclusion, ...]
+    sizes: tuple[int, ...]  # parameter counts that reach it, ascending
+
+    @property
+    def decades(self) -> float:
+        """Decades of compute that it spans."""
+        if len(self.points) < 2:
+            return 0.0
+        return float(np.log10(self.points[-1].compute / self.points[0].compute))
+
+
+def admit(points: Sequence[Point], *, min_images: int = MIN_IMAGES) -> tuple[list[Point], list[Exclusion]]:
+    """Points that may be fitted, by compute, and those that may not (an unknown number of images is admitted)."""
+    admitted, excluded = [], []
+    for point in sorted(points, key=lambda p: (p.compute, p.run)):
+        if not (np.isfinite(point.value) and point.value > 0):
+            excluded.append(Exclusion(point, f"its value {point.value} is not finite and positive"))
+        elif not (np.isfinite(point.compute) and point.compute > 0):
+            excluded.append(Exclusion(point, f"its compute {point.compute} is not finite and positive"))
+        elif 0 < point.images < min_images:
+            excluded.append(Exclusion(point, f"after {point.images} images, before the first {min_images}"))
+        else:
+            admitted.append(point)
+    return admitted, excluded
+
+
+def find_frontier(points: Sequence[Point], *, min_images: int = MIN_IMAGES) -> Frontier:
+    """Candidates, the frontier among them, and the reason for every point that is not on it."""
+    candidates, exclusions = admit(points, min_images=min_images)
+    beaten = domination(columns(candidates))
+    runs = columns(candidates).runs
+    on_frontier = []
+    for row, point in zip(beaten, candidates, strict=True):
+        if row.any():
+            name = runs[int(np.argmax(row))]
+            how = "an earlier point of its own run is as good" if name == point.run else f"run {name} does better there"
+            exclusions.append(Exclusion(point, how))
+        else:
+            on_frontier.append(point)
+    sizes = tuple(sorted({p.num_params for p in on_frontier}))
+    return Frontier(tuple(on_frontier), tuple(candidates), tuple(exclusions), sizes)
+
+
+def domination(c: Columns) -> NDArray[np.bool_]:
+    """Whether a run beats a point at the point's compute: [n, runs].
+
+    It does if it has as good a value at less compute (or a better one at the same), or if the straight line in log-log
+    between its neighbouring points passes below. Learning curves are convex there, so the line is above the run's true
+    curve: where checkpoints are sparse, a point is not on the frontier only because others were not evaluated near it.
+    """
+    log_x, log_y = np.log(c.compute), np.log(c.value)
+    beaten = np.zeros((len(log_x), len(c.runs)), dtype=bool)
+    for run in range(len(c.runs)):
+        own = np.flatnonzero(c.run == run)
+        own = own[np.lexsort((log_y[own], log_x[own]))]
+        x, lowest = log_x[own], np.minimum.accumulate(log_y[own])
+        before, upto = (np.searchsorted(x, log_x, side=side) for side in ("left", "right"))
+        padded = np.concatenate([[np.inf], lowest])  # padded[k]: the least of the first k points
+        beaten[:, run] = (padded[before] <= log_y) | (padded[upto] < log_y)
+        line = np.interp(log_x, x, log_y[own], left=np.inf, right=np.inf)
+        beaten[:, run] |= (line < log_y - 1e-12) & (c.run != run)
+    return beaten
+
+
+@dataclass(frozen=True)
+class Slope:
+    """d log value / d log compute along the runs of one group (a run, or all runs of a size)."""
+
+    name: str
+    num_params: int
+    num_runs: int
+    num_points: int
+    slope: float | None  # None for fewer than two different computes
+    stderr: float | None  # of the scatter about the line; None without a degree of freedom
+    min_compute: float
+    max_compute: float
+
+
+def slopes_by_run(points: Sequence[Point]) -> tuple[Slope, ...]:
+    """The log-log slope of every run's own curve, by size and compute."""
+    return _slopes(points, lambda p: p.run)
+
+
+def slopes_by_size(points: Sequence[Point]) -> tuple[Slope, ...]:
+    """The common log-log slope of every size's runs, each run with an intercept of its own."""
+    return _slopes(points, lambda p: str(p.num_params))
+
+
+def _slopes(points: Sequence[Point], key: Callable[[Point], str]) -> tuple[Slope, ...]:
+    groups: dict[str, list[Point]] = {}
+    for point in sorted(points, key=lambda p: (p.num_params, p.run, p.compute)):
+        groups.setdefault(key(point), []).append(point)
+    return tuple(_slope(name, group) for name, group in groups.items())
+
+
+def _slope(name: str, group: list[Point]) -> Slope:
+    c = columns(group)
+    x, y = _within_runs(np.log(c.compute), c), _within_runs(np.log(c.value), c)
+    dof = len(group) - len(c.runs) - 1
+    variance = float(x @ x)
+    slope = float(x @ y) / variance if variance > 1e-20 else None
+    stderr = None
+    if slope is not None and dof > 0:
+        residual = y - slope * x
+        stderr = float(np.sqrt(residual @ residual / dof / variance))
+    return Slope(
+        name, group[0].num_params, len(c.runs), len(group), slope, stderr,
+        float(c.compute.min()), float(c.compute.max()),
+    )  # fmt: skip
+
+
+def _within_runs(values: Array, c: Columns) -> Array:
+    """Values less the mean of their run."""
+    means = np.bincount(c.run, weights=values) / np.bincount(c.run)
+    return np.asarray(values - means[c.run])

@@ -1,0 +1,159 @@
+"""The one entry: points of one metric -> frontier, slopes, fits with intervals, hold-out errors, and plain words."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from evaluation.scaling.bootstrap import Bootstrap, bootstrap
+from evaluation.scaling.fits import FORMS, Fit, Form, fit
+from evaluation.scaling.frontier import (
+    MIN_IMAGES,
+    Frontier,
+    Slope,
+    find_frontier,
+    slopes_by_run,
+    slopes_by_size,
+)
+from evaluation.scaling.holdout import HoldOut, hold_out
+from evaluation.scaling.points import Point, columns, require_one_kind
+from evaluation.scaling.verdict import describe
+
+BAND_POINTS = 64
+BAND_BEYOND = 3.0  # the band is drawn this factor beyond the largest compute
+
+
+@dataclass(frozen=True)
+class LawFit:
+    """One form, fitted to the frontier."""
+
+    fit: Fit
+    bootstrap: Bootstrap | None  # None where there is no fit
+    hold_out: HoldOut
+
+
+@dataclass(frozen=True)
+class Law:
+    """All that was found about one metric against training compute."""
+
+    metric: str
+    split: str
+    flop_convention: str
+    data: str
+    measured: str
+    frontier: Frontier
+    run_slopes: tuple[Slope, ...]
+    size_slopes: tuple[Slope, ...]
+    power: LawFit
+    power_constant: LawFit
+    notes: tuple[str, ...]  # how well the law holds, in plain words; the first is the verdict
+
+    @property
+    def fits(self) -> tuple[LawFit, ...]:
+        return self.power, self.power_constant
+
+    @property
+    def has_fit(self) -> bool:
+        """Whether any form gave a curve."""
+        return any(f.fit.curve is not None for f in self.fits)
+
+    @property
+    def verdict(self) -> str:
+        return self.notes[0]
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; what is not finite becomes null."""
+        value = plain_json(dataclasses.asdict(self))
+        assert isinstance(value, dict)
+        return value
+
+
+def fit_law(
+    points: Sequence[Point],
+    *,
+    min_images: int = MIN_IMAGES,
+    constant: float | None = None,
+    num_rounds: int = 1000,
+    confidence: float = 0.95,
+    seed: int = 0,
+) -> Law:
+    """Fit the compute-scaling law of one metric.
+
+    Args:
+        points: of one metric, split, FLOP convention, data set and way of measuring, from any number of runs.
+        min_images: points seen before this many training images are not fitted.
+        constant: a known irreducible value, for the form `power`; None: 0.
+        num_rounds, confidence, seed: of the bootstrap over runs.
+
+    Raises:
+        DataError: points that must not be mixed. Anything else that is wrong with them is a status of the fits.
+    """
+    require_one_kind(points)
+    frontier = find_frontier(points, min_images=min_images)
+    candidates = list(frontier.candidates)
+    one_size = _one_size(candidates)
+
+    def law_fit(form: Form) -> LawFit:
+        known = constant if form == "power" else None
+        fitted = fit(columns(frontier.points), form, constant=known, confidence=confidence)
+        if one_size and fitted.curve is not None:
+            message = "all points are of one model size: this is its learning curve, not a scaling law."
+            refused = Fit(form, "one_size", message, fitted.num_points)
+            return LawFit(refused, None, HoldOut(form, "one_size", message, math.nan, 0))
+        held_out = hold_out(frontier, form, constant=known)
+        if fitted.curve is None:
+            return LawFit(fitted, None, held_out)
+        low, high = frontier.points[0].compute, frontier.points[-1].compute * BAND_BEYOND
+        return LawFit(
+            fitted,
+            bootstrap(
+                candidates,
+                form,
+                reference_compute=fitted.curve.reference_compute,
+                band_compute=np.geomspace(low, high, BAND_POINTS),
+                constant=known or 0.0,
+                num_rounds=num_rounds,
+                confidence=confidence,
+                seed=seed,
+            ),
+            held_out,
+        )
+
+    power, power_constant = (law_fit(form) for form in FORMS)
+    first = points[0] if points else Point("", "", math.nan, None, math.nan, "", 0, 0, "", 0)
+    law = Law(
+        metric=first.metric,
+        split=first.split,
+        flop_convention=first.flop_convention,
+        data=first.data,
+        measured=first.measured,
+        frontier=frontier,
+        run_slopes=slopes_by_run(candidates),
+        size_slopes=slopes_by_size(candidates),
+        power=power,
+        power_constant=power_constant,
+        notes=(),
+    )
+    return dataclasses.replace(law, notes=tuple(describe(law)))
+
+
+def _one_size(points: Sequence[Point]) -> bool:
+    """All points are known to be of one size (a size of 0 is unknown)."""
+    sizes = {p.num_params for p in points}
+    return len(sizes) == 1 and 0 not in sizes
+
+
+def plain_json(value: Any) -> Any:
+    """Dataclass dicts as plain JSON values: tuples as lists, numbers that are not finite as null."""
+    if isinstance(value, dict):
+        return {key: plain_json(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain_json(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

@@ -1,0 +1,110 @@
+"""Shards: deterministic bytes, readable by any WebDataset reader, described exactly by their index."""
+
+from __future__ import annotations
+
+import filecmp
+import io
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import webdataset
+from PIL import Image
+
+from data_pipeline.dataset import ShardDataset
+from data_pipeline.errors import DataError
+from data_pipeline.index import Index, scan_shard
+from data_pipeline.manifest import Manifest
+from data_pipeline.prepare import prepare
+from data_pipeline.shards import encode_sample, write_shards
+from data_pipeline.sources.generated import Generated
+
+
+def same_tree(first: Path, second: Path) -> bool:
+    compared = filecmp.dircmp(first, second)
+    names = compared.common_files
+    return (
+        not (compared.left_only or compared.right_only)
+        and filecmp.cmpfiles(first, second, names, shallow=False)[0] == names
+        and all(same_tree(first / name, second / name) for name in compared.common_dirs)
+    )
+
+
+def test_same_input_same_bytes(small_source: Generated, prepared: Path, tmp_path: Path) -> None:
+    prepare(small_source, tmp_path / "again", shard_mb=0.06)
+    assert same_tree(prepared, tmp_path / "again")
+
+
+def test_fingerprint_does_not_depend_on_shard_size(small_source: Generated, prepared: Path, tmp_path: Path) -> None:
+    prepare(small_source, tmp_path / "one", shard_mb=10)
+    first, second = Manifest.load(prepared / "train"), Manifest.load(tmp_path / "one/train")
+    assert len(first.shards) > len(second.shards) == 1
+    assert first.fingerprint == second.fingerprint
+
+
+def test_webdataset_reads_the_same_samples(dataset: ShardDataset) -> None:
+    urls = [str(dataset.folder / shard.file) for shard in dataset.manifest.shards]
+    images, labels = dataset.read(np.arange(len(dataset)))
+    found = list(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False))
+    assert [sample["__key__"] for sample in found] == [f"{number:09d}" for number in range(len(dataset))]
+    assert [int(sample["cls"]) for sample in found] == labels.tolist()
+    for sample, image in zip(found, images, strict=True):
+        np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(sample["png"]))), image.transpose(1, 2, 0))
+
+
+def test_every_split_is_labelled_evenly_and_no_image_is_in_both(prepared: Path) -> None:
+    train, test = ShardDataset(prepared / "train"), ShardDataset(prepared / "test")
+    assert np.bincount(train.index.label).tolist() == [68, 68, 67]
+    images = [train.read(np.arange(len(train)))[0], test.read(np.arange(len(test)))[0]]
+    assert len(np.unique(np.concatenate(images).reshape(223, -1), axis=0)) == 223
+
+
+def test_unlabelled_samples_have_no_label(tmp_path: Path) -> None:
+    prepare(Generated(size=8, num_train=5, num_test=2, num_classes=0, seed=0), tmp_path / "plain")
+    plain = ShardDataset(tmp_path / "plain/train")
+    assert plain.read(np.arange(5))[1].tolist() == [-1] * 5
+    with tarfile.open(tmp_path / "plain/train/shard-000000.tar") as tar:
+        assert all(name.endswith(".png") for name in tar.getnames())
+
+
+def test_shards_are_near_the_wanted_size(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 256, (60, 16, 16, 3), dtype=np.uint8)
+    written = write_shards((encode_sample(n, x, 0) for n, x in enumerate(images)), tmp_path, shard_bytes=40_000)
+    sizes = [shard.num_bytes for shard in written.shards]
+    assert sum(shard.num_samples for shard in written.shards) == 60
+    assert all(40_000 <= size <= 40_000 + 2 * 10_240 for size in sizes[:-1])  # a sample and tar's padding more
+
+
+def test_index_survives_saving(dataset: ShardDataset) -> None:
+    content = dataset.index.to_bytes()
+    again = Index.from_bytes(content)
+    assert again.to_bytes() == content
+    np.testing.assert_array_equal(again.offset, dataset.index.offset)
+
+
+def test_index_of_shards_that_others_made(tmp_path: Path) -> None:
+    """Folders in names, other members, image before label and label before image: all are WebDataset's layout."""
+    path = tmp_path / "theirs.tar"
+    image = encode_sample(0, np.zeros((4, 4, 3), np.uint8), 0).payload
+    members = {
+        "a/x.json": b"{}", "a/x.png": image, "a/x.cls": b"7", "a/y.cls": b"3\n", "a/y.png": image, "a/z.png": image,
+    }  # fmt: skip
+    with tarfile.open(path, "w") as tar:
+        for name, content in members.items():
+            entry = tarfile.TarInfo(name)
+            entry.size = len(content)
+            tar.addfile(entry, io.BytesIO(content))
+    found = list(scan_shard(path, "png"))
+    assert [(member.key, member.label) for member in found] == [("x", 7), ("y", 3), ("z", -1)]
+    content = path.read_bytes()
+    assert all(content[member.offset : member.offset + member.size] == image for member in found)
+
+
+@pytest.mark.parametrize("keep", [0, 300, 700, 3000])
+def test_cut_off_tar_is_refused(prepared: Path, tmp_path: Path, keep: int) -> None:
+    path = tmp_path / "cut.tar"
+    path.write_bytes((prepared / "train/shard-000000.tar").read_bytes()[:keep])
+    with pytest.raises(DataError, match=r"cut.tar"):
+        list(scan_shard(path, "png"))

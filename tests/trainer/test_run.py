@@ -1,0 +1,147 @@
+"""`trainer/run.py` as users start it: plain python, torchrun, deepspeed; mistakes; signals; two jobs at once."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from ranks import ROOT, free_port, run_ranks, start_ranks
+
+from trainer.tracking.records import read_train_records
+
+BIN = Path(sys.executable).parent
+
+
+def run(*command: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    environment = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    environment["PATH"] = f"{BIN}{os.pathsep}{environment['PATH']}"
+    return subprocess.run(command, cwd=ROOT, env=environment, text=True, capture_output=True, timeout=timeout)
+
+
+def test_plain_python_trains_and_logs(tiny_config: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    done = run(
+        sys.executable, "trainer/run.py", "--config", str(tiny_config), f"run.folder={folder}",
+        "train.sample_grid.num_images=4", "train.sample_grid.num_steps=3",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    records = list(read_train_records(folder))
+    assert [r.nimg for r in records] == [16, 24, 32, 48]
+    assert {
+        "train/loss", "train/grad_norm", "train/mse_q0", "train/vb_q3", "speed/img_per_second",
+        "speed/flops_per_second", "speed/data_wait_share",
+    } <= {name for record in records for name in record.values}  # fmt: skip
+    assert records[-1].compute == pytest.approx(48 * json.loads((folder / "run.json").read_text())["flops_per_image"])
+    assert (folder / "samples" / "000000000048.png").exists()
+    again = run(sys.executable, "trainer/run.py", "--config", str(tiny_config), f"run.folder={folder}",
+                "train.sample_grid.num_images=4", "train.sample_grid.num_steps=3")  # fmt: skip
+    assert again.returncode == 0
+    assert "finished already" in again.stdout
+
+
+def test_torchrun_and_deepspeed_launchers(tiny_config: Path, tmp_path: Path) -> None:
+    launchers = {
+        "torchrun": [str(BIN / "torchrun"), "--nproc-per-node=2", f"--master-port={free_port()}"],
+        "deepspeed": [str(BIN / "deepspeed"), "--num_accelerators", "2", "--master_port", str(free_port())],
+    }
+    for name, launcher in launchers.items():
+        folder = tmp_path / name
+        done = run(*launcher, "trainer/run.py", "--config", str(tiny_config), f"run.folder={folder}", timeout=240)
+        assert done.returncode == 0, done.stdout + done.stderr
+        result = json.loads((folder / "result.json").read_text())
+        assert result["nimg"] == 48
+        state = json.loads((folder / "checkpoints" / "000000000048" / "state.json").read_text())
+        assert state["layout"]["num_processes"] == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["train.lrr=1"], "did you mean 'lr'"),
+        (["data.train=/nowhere/at/all"], "/nowhere/at/all"),
+        (["model.image_size=32"], "16x16"),
+        (["model.num_classes=7"], "4 classes"),
+        (["--bogus"], "--bogus"),
+    ],
+)
+def test_mistakes_are_one_message(tiny_config: Path, tmp_path: Path, arguments: list[str], said: str) -> None:
+    command = ["trainer/run.py", "--config", str(tiny_config), f"run.folder={tmp_path / 'r'}"]
+    done = run(sys.executable, *command, *arguments)
+    assert done.returncode == 2
+    assert said in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("error:") == 1
+
+
+def test_a_missing_shard_is_refused_at_the_start(tiny_config: Path, generated_data: Path, tmp_path: Path) -> None:
+    data = shutil.copytree(generated_data, tmp_path / "data")
+    next((data / "train").glob("*.tar")).unlink()
+    done = run(sys.executable, "trainer/run.py", "--config", str(tiny_config), f"run.folder={tmp_path / 'r'}",
+               f"data.train={data / 'train'}")  # fmt: skip
+    assert done.returncode == 2
+    assert ".tar" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_other_settings_in_the_same_folder_are_refused(tiny_config: Path, tmp_path: Path) -> None:
+    command = ["trainer/run.py", "--config", str(tiny_config), f"run.folder={tmp_path / 'r'}"]
+    run_ranks([*command, "train.budget_images=8"], 1)
+    done = run(sys.executable, *command, "train.lr=0.5")
+    assert done.returncode == 2
+    assert "train.lr: 0.001 -> 0.5" in done.stderr
+
+
+def wait_for(condition: object, seconds: float = 60) -> None:
+    end = time.monotonic() + seconds
+    while not condition():  # type: ignore[operator]
+        assert time.monotonic() < end, "timed out"
+        time.sleep(0.05)
+
+
+def test_sigterm_saves_and_the_same_command_continues_bit_for_bit(tiny_config: Path, tmp_path: Path) -> None:
+    stopped, straight = tmp_path / "stopped", tmp_path / "straight"
+    long = ["train.budget_images=960", "train.export_images=[]", "train.log_every_images=8"]
+    command = ["trainer/run.py", "--config", str(tiny_config), *long]
+    processes = start_ranks([*command, f"run.folder={stopped}"], 2)
+    try:
+        wait_for(lambda: len(list(read_train_records(stopped))) >= 3 if stopped.exists() else False)
+        second = run(sys.executable, *command, f"run.folder={stopped}")  # a second job on the same folder
+        assert second.returncode == 2
+        assert "in use" in second.stderr
+        processes[1].send_signal(signal.SIGTERM)  # one is told, all stop together
+        texts = [p.communicate(timeout=60)[0] for p in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert [p.returncode for p in processes] == [3, 3], texts
+    assert not (stopped / "result.json").exists()
+    run_ranks([*command, f"run.folder={stopped}"], 2)
+    run_ranks([*command, f"run.folder={straight}"], 2)
+    files = [next((f / "exports").iterdir()) / "model.safetensors" for f in (stopped, straight)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
+def test_a_dead_launcher_takes_its_ranks_down(tiny_config: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "r"
+    launcher = subprocess.Popen(
+        [sys.executable, "-c", "import subprocess, sys, os\n"
+         "os.environ.update(RANK='0', WORLD_SIZE='1', LOCAL_RANK='0', MASTER_ADDR='127.0.0.1', MASTER_PORT=sys.argv[1])\n"
+         "child = subprocess.Popen([sys.executable, *sys.argv[2:]]); print(child.pid, flush=True); child.wait()",
+         str(free_port()), "trainer/run.py", "--config", str(tiny_config), f"run.folder={folder}",
+         "train.budget_images=1000000", "train.log_every_images=8"],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+    )  # fmt: skip
+    assert launcher.stdout is not None
+    child = int(launcher.stdout.readline())
+    wait_for(lambda: folder.exists() and len(list(read_train_records(folder))) >= 2)
+    launcher.kill()
+    launcher.wait()
+    wait_for(lambda: not Path(f"/proc/{child}").exists(), seconds=40)
+    assert list((folder / "checkpoints").glob("0*"))  # it saved before it went
