@@ -83,8 +83,8 @@ def test_mistakes_are_one_message(tiny_config: Path, tmp_path: Path, arguments: 
 def test_a_missing_shard_is_refused_at_the_start(tiny_config: Path, generated_data: Path, tmp_path: Path) -> None:
     data = shutil.copytree(generated_data, tmp_path / "data")
     next((data / "train").glob("*.tar")).unlink()
-    done = run(sys.executable, "trainer/run.py", "--config", str(tiny_config), f"run.folder={tmp_path / 'r'}",
-               f"data.train={data / 'train'}")  # fmt: skip
+    command = ["trainer/run.py", "--config", str(tiny_config), f"run.folder={tmp_path / 'r'}"]
+    done = run(sys.executable, *command, f"data.train={data / 'train'}")
     assert done.returncode == 2
     assert ".tar" in done.stderr
     assert "Traceback" not in done.stderr
@@ -132,7 +132,8 @@ def test_a_dead_launcher_takes_its_ranks_down(tiny_config: Path, tmp_path: Path)
     folder = tmp_path / "r"
     launcher = subprocess.Popen(
         [sys.executable, "-c", "import subprocess, sys, os\n"
-         "os.environ.update(RANK='0', WORLD_SIZE='1', LOCAL_RANK='0', MASTER_ADDR='127.0.0.1', MASTER_PORT=sys.argv[1])\n"
+         "os.environ.update(RANK='0', WORLD_SIZE='1', LOCAL_RANK='0', MASTER_ADDR='127.0.0.1')\n"
+         "os.environ['MASTER_PORT'] = sys.argv[1]\n"
          "child = subprocess.Popen([sys.executable, *sys.argv[2:]]); print(child.pid, flush=True); child.wait()",
          str(free_port()), "trainer/run.py", "--config", str(tiny_config), f"run.folder={folder}",
          "train.budget_images=1000000", "train.log_every_images=8"],

@@ -1,0 +1,138 @@
+"""What a study shows while it runs: a line for what begins and ends, and a status line that is never old."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import shutil
+import sys
+import time
+
+from cluster.driver import Watcher
+from cluster.folder import StudyFolder
+from cluster.jobs import Job, Outcome, TrialJob
+from cluster.plan import duration, format_table
+from cluster.scheduler import Failure, Retry, Scheduler
+
+_LIVE_SECONDS, _LOG_SECONDS = 1.0, 8.0
+
+
+class Display(Watcher):
+    """Prints the study's progress: a live line on a terminal, plain lines elsewhere."""
+
+    def __init__(self, folder: StudyFolder) -> None:
+        super().__init__(self.on_start, self.on_end, self.on_tick)
+        self._folder = folder
+        self._began = time.monotonic()
+        self._next = 0.0
+        self._live = sys.stdout.isatty()
+        self._starts: dict[str, float] = {}
+
+    def on_start(self, job: Job) -> None:
+        self._starts[job.key] = time.monotonic()
+        if isinstance(job, TrialJob):
+            trial, record = self._folder.trials[job.key], self._folder.last_record(job.key)
+            since = f" from {record.nimg:,} images" if record else ""
+            self.say(f"training   {trial.label:8} seed {trial.seed}: {trial.total_images:,} images{since}")
+
+    def on_end(self, outcome: Outcome, verdict: Retry | Failure | None) -> None:
+        job = outcome.job
+        seconds = duration(time.monotonic() - self._starts.pop(job.key, time.monotonic()))
+        if isinstance(verdict, Retry):
+            self.say(
+                f"warning: {job.key} failed ({verdict.message}); attempt {verdict.attempt + 1} in {verdict.pause:g} s"
+            )
+        elif isinstance(verdict, Failure):
+            self.say(f"error: {job.key} failed {verdict.attempts} times, given up: {verdict.message}")
+        elif isinstance(job, TrialJob):
+            self.say(f"trained    {self._folder.trials[job.key].label:8} in {seconds}")
+        else:
+            found = json.loads(job.out.read_text())["records"]
+            values = ", ".join(
+                f"{r['metric']} {r['split']} {r['value']:.4g}" + (f" ± {r['stderr']:.2g}" if r["stderr"] else "")
+                for r in found
+            )
+            self.say(
+                f"evaluated  {self._folder.trials[job.trial].label:8} at {job.nimg:>9,} images in {seconds}: {values}"
+            )
+
+    def on_tick(self, scheduler: Scheduler) -> None:
+        now = time.monotonic()
+        if now < self._next:
+            return
+        self._next = now + (_LIVE_SECONDS if self._live else _LOG_SECONDS)
+        running = [self._trial(key) for key, job in scheduler.running.items() if isinstance(job, TrialJob)]
+        evaluating = len(scheduler.running) - len(running)
+        trials, evaluations = scheduler.num_waiting
+        counts = f"{evaluating} evaluating, waiting: {trials} trials, {evaluations} evaluations"
+        line = " | ".join([duration(now - self._began), *running, counts])
+        if self._live:
+            width = shutil.get_terminal_size().columns - 1
+            print(f"\r\x1b[K{line[:width]}", end="", flush=True)
+        else:
+            print(line, flush=True)
+
+    def say(self, text: str) -> None:
+        """A line that stays."""
+        print(("\r\x1b[K" if self._live else "") + text, flush=True)
+
+    def end(self) -> None:
+        if self._live:
+            print("\r\x1b[K", end="", flush=True)
+
+    def _trial(self, name: str) -> str:
+        trial, record = self._folder.trials[name], self._folder.last_record(name)
+        if record is None:
+            return f"{trial.label} starting"
+        speed = record.values.get("speed/img_per_second", 0.0)
+        left = (trial.total_images - record.nimg) / speed if speed else 0.0
+        return (
+            f"{trial.label} {record.nimg:,}/{trial.total_images:,} img {record.nimg / trial.total_images:.0%} "
+            f"{speed:,.0f} img/s ETA {duration(left)} loss {record.values.get('train/loss', float('nan')):.3f}"
+        )
+
+
+def status_table(folder: StudyFolder) -> str:
+    """Every trial's state, from the files alone; works while another process drives the study, or none."""
+    rows = []
+    for name, trial in folder.trials.items():
+        record, done = folder.last_record(name), folder.trial_done(name)
+        nimg = trial.total_images if done else record.nimg if record else 0
+        speed = record.values.get("speed/img_per_second", 0.0) if record else 0.0
+        running = not done and _held(folder, name)
+        state = "complete" if done else "running" if running else "stopped" if record else "waiting"
+        eta = duration((trial.total_images - nimg) / speed) if running and speed else ""
+        records = folder.current_records(name)
+        nll = [r for r in sorted(records, key=lambda r: r.nimg) if r.metric == "nll" and r.split == "test"]
+        distance = [r for r in sorted(records, key=lambda r: r.nimg) if r.metric != "nll"]
+        rows.append(
+            [
+                name, trial.label, state, f"{nimg:,}", f"{nimg / trial.total_images:.0%}", eta,
+                f"{_num_evaluated(folder, name)}/{folder.num_evaluations(name)}",
+                f"{nll[-1].value:.3f}" if nll else "", f"{distance[-1].value:.4g}" if distance else "",
+            ]
+        )  # fmt: skip
+    return format_table(["trial", "size", "state", "images", "", "ETA", "evaluated", "NLL", "distance"], rows)
+
+
+def _num_evaluated(folder: StudyFolder, name: str) -> int:
+    wanted, missing = folder.num_evaluations(name), len(folder.missing_evaluations(name))
+    exported = sum(
+        folder.num_requests(name, nimg)
+        for nimg in folder.trials[name].export_images
+        if (folder.run_folder(name) / "exports" / f"{nimg:012d}" / "manifest.json").exists()
+    )
+    return min(wanted, exported - missing)
+
+
+def _held(folder: StudyFolder, name: str) -> bool:
+    """Does a training process hold the run folder?"""
+    path = folder.run_folder(name) / "run.lock"
+    if not path.exists():
+        return False
+    with open(path, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False

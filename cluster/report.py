@@ -1,0 +1,230 @@
+"""The end of a study: its points, laws, tables and figures as files in STUDY/law, and what the terminal shows."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cluster.folder import StudyFolder
+from cluster.plan import flops, format_table
+from data_pipeline.files import write_atomic, write_json
+from evaluation.report.figures import draw_law, save_figure
+from evaluation.report.style import metric_label, size_label, split_label
+from evaluation.report.tables import distance_table, fits_table, law_report
+from evaluation.scaling.law import Law, LawFit, fit_law
+from evaluation.scaling.points import Point, point_from_record, write_csv
+from trainer.tracking.points import LawRun
+from trainer.tracking.records import EvalRecord
+
+GAP = "nll_gap"  # held-out NLL minus that on training images
+_CURVE_POINTS = 100
+_CURVE_BEYOND = 3.0  # the fitted curve goes this factor beyond the largest compute
+
+
+@dataclass(frozen=True)
+class Report:
+    """What was found, and where it is."""
+
+    text: str  # for the terminal
+    figure: Path | None  # of the main law
+    curves: tuple[str, ...]  # metric names as MLflow has them, the main one first
+
+
+def write_report(folder: StudyFolder) -> Report:
+    """Fit all laws to what is evaluated so far and write them down."""
+    records = {name: _named(folder.current_records(name), name) for name in folder.trials}
+    fitted = [record for name, trial in folder.trials.items() if trial.fitted for record in records[name]]
+    points = [point_from_record(record) for record in fitted]
+    points += [gap for name, trial in folder.trials.items() if trial.fitted for gap in gap_points(records[name])]
+    folder.law.mkdir(parents=True, exist_ok=True)
+    write_csv(folder.law / "points.csv", points)
+    laws = [fit_law(group) for group in _groups(points)]
+    figures = [_draw(folder, law) for law in laws]
+    text = "\n\n".join([trials_table(folder, records), *(_law_text(law, main=i == 0) for i, law in enumerate(laws))])
+    distances = _distances_text(fitted)
+    text += f"\n\n{distances}" if distances else ""
+    full = "\n\n\n".join([trials_table(folder, records), *(law_report(law) for law in laws), distances])
+    write_atomic(folder.law / "report.txt", full + "\n")
+    _write_laws(folder, laws, points)
+    drawn = [figure for figure in figures if figure is not None]
+    return Report(text, drawn[0] if drawn else None, tuple(_curve_name(law) for law in laws if law.metric != GAP))
+
+
+def gap_points(records: Sequence[EvalRecord]) -> list[Point]:
+    """Held-out minus training NLL of one trial, where both were measured; the two are independent estimates."""
+    on_training = {r.nimg: r for r in records if r.metric == "nll" and r.split == "train"}
+    gaps = []
+    for test in sorted((r for r in records if r.metric == "nll" and r.split == "test"), key=lambda r: r.nimg):
+        train = on_training.get(test.nimg)
+        if train is not None:
+            stderr = None if test.stderr is None or train.stderr is None else math.hypot(test.stderr, train.stderr)
+            point = point_from_record(test)
+            gaps.append(dataclasses.replace(point, metric=GAP, split="", value=test.value - train.value, stderr=stderr))
+    return gaps
+
+
+def trials_table(folder: StudyFolder, records: dict[str, list[EvalRecord]]) -> str:
+    """One line a trial: what it cost and what it reached at its last evaluated point."""
+    metrics = sorted({(r.metric, r.split) for group in records.values() for r in group}, key=_order)
+    header = ["trial", "size", "parameters", "images", "FLOP", *(f"{m} {s}" for m, s in metrics)]
+    rows = []
+    for name, trial in folder.trials.items():
+        last = {(r.metric, r.split): r for r in sorted(records[name], key=lambda r: r.nimg)}
+        result = folder.run_folder(name) / "result.json"
+        nimg = int(json.loads(result.read_text())["nimg"]) if result.exists() else 0
+        cells = [_cell(last[metric]) if metric in last else "-" for metric in metrics]
+        row = [name, trial.label, size_label(trial.cost.num_params), f"{nimg:,}", flops(nimg * trial.cost.train_flops)]
+        rows.append([*row, *cells])
+    return format_table(header, rows)
+
+
+def law_run(folder: StudyFolder, laws: Sequence[Law], points: Sequence[Point]) -> LawRun:
+    """The fits as a tracker shows them."""
+    content = json.dumps([dataclasses.asdict(point) for point in points], sort_keys=True)
+    metrics: dict[str, float] = {}
+    params: dict[str, str] = {}
+    for law in laws:
+        for law_fit in law.fits:
+            prefix = f"law/{_curve_name(law)}/{law_fit.fit.form}"
+            metrics |= _fit_numbers(prefix, law_fit)
+            params[f"{prefix}/status"] = law_fit.fit.status
+        params[f"law/{_curve_name(law)}/verdict"] = law.verdict
+    curves = {_curve_name(law): curve for law in laws if law.metric != GAP and (curve := _curve(law))}
+    digest = hashlib.sha256(content.encode()).hexdigest()[:16]
+    return LawRun(
+        id=f"{folder.study.name}-law-{digest}",
+        name="law",
+        study=folder.study.name,
+        time=_time_of(folder.law / "law_run.json", digest),
+        metrics=metrics,
+        params=params,
+        tags={"size": "law", "mlflow.runColor": "#c0392b", "mlflow.note.content": "\n\n".join(_verdicts(laws))},
+        curves=curves,
+    )
+
+
+def _write_laws(folder: StudyFolder, laws: Sequence[Law], points: Sequence[Point]) -> None:
+    run = law_run(folder, laws, points)
+    write_json(folder.law / "law.json", {"study": folder.study.name, "laws": [law.to_json() for law in laws]})
+    run.save(folder.law)
+
+
+def _time_of(path: Path, digest: str) -> float:
+    """The time of an equal earlier fit, so that sending it again adds nothing; else now."""
+    if path.exists():
+        earlier = json.loads(path.read_text())
+        if earlier["id"].endswith(digest):
+            return float(earlier["time"])
+    return time.time()
+
+
+def _groups(points: Sequence[Point]) -> list[list[Point]]:
+    """Points by metric and split, held-out NLL first."""
+    kinds = sorted({(point.metric, point.split) for point in points}, key=_order)
+    return [[point for point in points if (point.metric, point.split) == kind] for kind in kinds]
+
+
+def _order(kind: tuple[str, str]) -> tuple[int, str, str]:
+    rank = {("nll", "test"): 0, ("nll", "train"): 1, (GAP, ""): 3}
+    return rank.get(kind, 2), *kind
+
+
+def _draw(folder: StudyFolder, law: Law) -> Path | None:
+    if law.metric == GAP or not law.frontier.candidates:
+        return None
+    path = folder.law / f"{_curve_name(law).replace('/', '_')}.png"
+    where = f", {split_label(law.split)}" if law.split else ""
+    save_figure(draw_law(law, title=f"{folder.study.name}: {metric_label(law.metric)}{where}"), path)
+    return path
+
+
+def _law_text(law: Law, *, main: bool) -> str:
+    """The main law in full, of the others the fits and what they mean."""
+    if main:
+        return law_report(law)
+    name = "NLL gap: held-out minus training images (bits/dim)" if law.metric == GAP else metric_label(law.metric)
+    where = f" on {split_label(law.split)}" if law.split else ""
+    notes = "\n".join(f"  - {note}" for note in law.notes)
+    return f"{name}{where}\n\n{_gap_table(law) if law.metric == GAP else fits_table(law)}\n\n{notes}"
+
+
+def _gap_table(law: Law) -> str:
+    last: dict[str, Point] = {p.run: p for p in sorted(law.frontier.candidates, key=lambda p: p.compute)}
+    rows = [
+        [p.run, f"{p.images:,}", flops(p.compute), f"{p.value:+.3f} ± {p.stderr or 0.0:.3f}"] for p in last.values()
+    ]
+    return format_table(
+        ["  at each trial's last point", "images", "FLOP", "gap"], [[f"  {r[0]}", *r[1:]] for r in rows]
+    )
+
+
+def _distances_text(records: Sequence[EvalRecord]) -> str:
+    """Distances with N, sampler and the real-against-real floor."""
+    parts = []
+    for metric in sorted({r.metric for r in records if r.metric != "nll"}):
+        group = [r for r in records if r.metric == metric]
+        floor = next((r.details.get("floor") for r in group if r.details.get("floor") is not None), None)
+        table = distance_table([point_from_record(r) for r in group], num_samples=group[0].n, floor=floor)
+        how = f"{group[0].measured.get('sampler')} sampler, {group[0].measured.get('steps')} steps"
+        note = "" if floor is not None else "\n  (the split is too small for a real-against-real floor at this N)"
+        parts.append(f"{metric_label(metric)} ({metric}), N = {group[0].n}, {how}\n{table}{note}")
+    return "\n\n".join(parts)
+
+
+def _curve_name(law: Law) -> str:
+    return f"{law.metric}/{law.split}" if law.split else law.metric
+
+
+def _curve(law: Law) -> list[list[float]]:
+    """The better fit as [compute, value] pairs; empty where nothing was fitted well enough to draw."""
+    drawn = [f.fit for f in law.fits if f.fit.curve is not None and f.fit.status == "ok"]
+    best = max(drawn, key=lambda fit: fit.r2_linear or -math.inf, default=None)
+    if best is None or best.curve is None:
+        return []
+    low, high = law.frontier.points[0].compute, law.frontier.points[-1].compute * _CURVE_BEYOND
+    grid = np.geomspace(low, high, _CURVE_POINTS)
+    return [[float(x), float(y)] for x, y in zip(grid, best.curve(grid), strict=True)]
+
+
+def _fit_numbers(prefix: str, law_fit: LawFit) -> dict[str, float]:
+    """Every number of a fit, its intervals and its hold-out error, by name."""
+    fit, found = law_fit.fit, law_fit.bootstrap
+    values: dict[str, Any] = {
+        "num_points": fit.num_points, "r2_log": fit.r2_log, "r2_linear": fit.r2_linear, "objective": fit.objective,
+        "exponent_stderr": fit.exponent_stderr, "chi2_per_dof": fit.chi2_per_dof,
+        "share_of_starts": fit.share_of_starts, "condition_number": fit.condition_number,
+        "held_out_error": law_fit.hold_out.mean_relative_error,
+    }  # fmt: skip
+    if fit.curve is not None:
+        values |= {"exponent": fit.curve.exponent, "constant": fit.curve.constant}
+        values["log10_coefficient"] = fit.curve.log10_coefficient
+    intervals = {"constant_profile": fit.constant_interval}
+    if found is not None:
+        intervals |= {"exponent": found.exponent, "constant": found.constant}
+    for name, interval in intervals.items():
+        if interval is not None:
+            values |= {f"{name}_low": interval[0], f"{name}_high": interval[1]}
+    numbers = {f"{prefix}/{name}": float(value) for name, value in values.items() if value is not None}
+    return {name: value for name, value in numbers.items() if math.isfinite(value)}
+
+
+def _verdicts(laws: Sequence[Law]) -> list[str]:
+    return [f"**{_curve_name(law)}**: {law.verdict}" for law in laws]
+
+
+def _named(records: Sequence[EvalRecord], name: str) -> list[EvalRecord]:
+    """Records under their trial's name instead of the run's id."""
+    return [dataclasses.replace(record, run=name) for record in records]
+
+
+def _cell(record: EvalRecord) -> str:
+    return f"{record.value:.4g}" if record.stderr is None else f"{record.value:.3f} ± {record.stderr:.3f}"

@@ -1,0 +1,290 @@
+"""Records reach a real sqlite store once, whatever is lost or repeated."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import yaml
+
+from data_pipeline.errors import UserError
+from trainer.tracking.follow import follow
+from trainer.tracking.mlflow_sync import Tracker, connect, saved_views, sync_folder, sync_law, sync_run, write_views
+from trainer.tracking.points import LawRun, eval_points, flatten, train_points
+from trainer.tracking.records import EvalRecord, RecordWriter, TrainRecord
+from trainer.tracking.uri import redact
+
+FLOPS = 2.0e8  # training FLOPs of one image
+
+
+def write_records(folder: Path, start: int, steps: range, *, time: float, loss: float = 1.0) -> None:
+    writer = RecordWriter(folder, start)
+    for nimg in steps:
+        writer.write(TrainRecord(nimg, nimg * FLOPS, time + nimg, {"train/loss": loss / nimg}))
+    writer.close()
+
+
+def eval_record(nimg: int, split: str = "test", *, time: float = 500.0, value: float = 5.0) -> EvalRecord:
+    return EvalRecord(
+        metric="nll", split=split, value=value + 100 / nimg, stderr=0.03, n=2048, seeds=[0], measured={}, data="d",
+        weights="w", run="r", nimg=nimg, compute=nimg * FLOPS, num_params=10, flops_per_image=FLOPS, seed=0,
+        time=time + nimg,
+    )  # fmt: skip
+
+
+def write_eval(folder: Path, *records: EvalRecord, key: str = "k") -> None:
+    path = folder / "evals" / f"{records[0].nimg:012d}" / f"{key}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"records": [r.to_json() for r in records], "spec": {}}))
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    folder = tmp_path / "study" / "trials" / "c8"
+    folder.mkdir(parents=True)
+    about = {"id": "unique", "name": "C=8", "seed": 0, "num_params": 10, "tags": {"size": "C=8", "study": "s"}}
+    (folder / "run.json").write_text(json.dumps(about))
+    config = {"model": {"channels": 8, "mult": [1, 2]}, "tracking": {"uri": "http://user:secret@host"}}
+    (folder / "config.yaml").write_text(yaml.safe_dump(config))
+    write_records(folder, 0, range(100, 1100, 100), time=1000.0)
+    for nimg in (200, 1000):
+        write_eval(folder, eval_record(nimg), eval_record(nimg, "train"))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with its tables, made once: that takes seconds."""
+    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
+    Tracker(f"sqlite:///{path}", "warm-up")
+    return path
+
+
+@pytest.fixture
+def database(tmp_path: Path, empty_store: Path) -> Path:
+    path = tmp_path / "store" / "mlflow.db"
+    path.parent.mkdir()
+    path.write_bytes(empty_store.read_bytes())
+    return path
+
+
+@pytest.fixture
+def tracker(database: Path) -> Tracker:
+    return Tracker(f"sqlite:///{database}", "s")
+
+
+def rows(database: Path) -> list[tuple[str, int, float]]:
+    with sqlite3.connect(database) as connection:
+        return connection.execute("select key, step, value from metrics order by key, step").fetchall()
+
+
+def no_step_twice(database: Path) -> bool:
+    return max(Counter((key, step) for key, step, _ in rows(database)).values()) == 1
+
+
+def test_everything_arrives_with_nimg_as_step_and_compute_beside_the_evaluations(
+    run: Path, tracker: Tracker, database: Path
+) -> None:
+    sync_run(run, tracker)
+    steps: dict[str, list[int]] = {}
+    for key, step, _ in rows(database):
+        steps.setdefault(key, []).append(step)
+    assert steps["train/loss"] == steps["train/compute"] == list(range(100, 1100, 100))
+    assert steps["compute"] == steps["nll/test"] == steps["nll/train"] == steps["nll/test_stderr"] == [200, 1000]
+    assert ("compute", 1000, 1000 * FLOPS) in rows(database)
+
+
+def test_the_copy_by_compute_has_gflop_as_its_step(run: Path, tracker: Tracker, database: Path) -> None:
+    big = eval_record(20_000)  # 4e12 FLOPs
+    write_eval(run, big)
+    sync_run(run, tracker)
+    assert ("nll/test by GFLOP", 4000, big.value) in rows(database)
+
+
+def test_config_and_tags_describe_the_run_without_credentials(run: Path, tracker: Tracker) -> None:
+    run_id = sync_run(run, tracker)
+    assert run_id is not None
+    data = tracker.client.get_run(run_id).data
+    assert data.params["model.channels"] == "8"
+    assert data.params["model.mult"] == "[1, 2]"
+    assert not any("secret" in value for value in data.params.values())
+    assert (data.tags["size"], data.tags["study"], data.tags["seed"]) == ("C=8", "s", "0")
+
+
+def test_a_replay_adds_nothing(run: Path, tracker: Tracker, database: Path) -> None:
+    sync_run(run, tracker)
+    before = rows(database)
+    sync_run(run, tracker)
+    assert rows(database) == before
+
+
+def test_a_replay_without_its_cursor_adds_nothing(run: Path, tracker: Tracker, database: Path) -> None:
+    sync_run(run, tracker)
+    before = rows(database)
+    (run / tracker.cursor_name).unlink()
+    sync_run(run, tracker)
+    assert rows(database) == before
+    assert len(tracker.find_runs({"run_id": "unique"})) == 1
+
+
+def test_what_was_half_sent_is_completed(run: Path, tracker: Tracker, database: Path) -> None:
+    """A batch that arrived in part: the cursor was not written, and the store drops what it has."""
+    started = tracker.open_run("unique", "C=8", None).info.run_id
+    records = [TrainRecord(n, n * FLOPS, 1000.0 + n, {"train/loss": 1.0 / n}) for n in (100, 200)]
+    tracker.send(started, [*train_points(records[0]), *list(train_points(records[1]))[:1]])  # its compute is missing
+    sync_run(run, tracker)
+    assert no_step_twice(database)
+    assert len([key for key, _, _ in rows(database) if key == "train/loss"]) == 10
+
+
+def test_a_cursor_of_another_database_is_not_believed(run: Path, tracker: Tracker, database: Path) -> None:
+    sync_run(run, tracker)
+    cursor = json.loads((run / tracker.cursor_name).read_text())
+    (run / tracker.cursor_name).write_text(
+        json.dumps(cursor | {"run": "of a database that is gone", "train_nimg": 900})
+    )
+    before = rows(database)
+    sync_run(run, tracker)
+    assert rows(database) == before
+
+
+def test_steps_repeated_after_a_resume_are_not_sent_again(run: Path, tracker: Tracker, database: Path) -> None:
+    sync_run(run, tracker)
+    write_records(run, 500, range(600, 1600, 100), time=9000.0, loss=2.0)  # rolled back to 500, went on to 1500
+    for lost in (False, True):
+        if lost:
+            (run / tracker.cursor_name).unlink()
+        sync_run(run, tracker)
+        assert no_step_twice(database)
+        assert [step for key, step, _ in rows(database) if key == "train/loss"] == list(range(100, 1600, 100))
+
+
+def test_later_evaluations_are_added(run: Path, tracker: Tracker, database: Path) -> None:
+    sync_run(run, tracker)
+    write_eval(run, eval_record(400))
+    write_eval(run, EvalRecord.from_json(eval_record(1000).to_json() | {"metric": "fd_x", "stderr": None}), key="fd")
+    sync_run(run, tracker)
+    assert no_step_twice(database)
+    assert [step for key, step, _ in rows(database) if key == "compute"] == [200, 400, 1000]
+    assert [step for key, step, _ in rows(database) if key == "fd_x/test"] == [1000]
+
+
+def test_a_complete_run_is_finished_in_the_ui(run: Path, tracker: Tracker) -> None:
+    run_id = str(sync_run(run, tracker))
+    assert tracker.client.get_run(run_id).info.status == "RUNNING"
+    (run / "result.json").write_text("{}")
+    sync_run(run, tracker)
+    assert tracker.client.get_run(run_id).info.status == "FINISHED"
+
+
+def test_samples_and_config_become_artifacts(run: Path, tracker: Tracker) -> None:
+    (run / "samples").mkdir()
+    (run / "samples" / "000000000200.png").write_bytes(b"png")
+    run_id = str(sync_run(run, tracker))
+    assert [f.path for f in tracker.client.list_artifacts(run_id, "samples")] == ["samples/000000000200.png"]
+    assert "config.yaml" in [f.path for f in tracker.client.list_artifacts(run_id)]
+
+
+def law(folder: Path, law_id: str) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "points.csv").write_text("x\n")
+    curve = [[1e9, 8.0], [1e10, 6.0]]
+    LawRun(law_id, "law", "s", 1.0, {"law/b": 0.1}, {"law/status": "ok"}, {}, {"nll/test": curve}).save(folder)
+    return folder
+
+
+def test_a_newer_law_takes_the_place_of_the_older(tmp_path: Path, tracker: Tracker) -> None:
+    first = sync_law(law(tmp_path / "law", "law-1"), tracker)
+    assert sync_law(tmp_path / "law", tracker) == first
+    second = sync_law(law(tmp_path / "law", "law-2"), tracker)
+    assert [r.info.run_id for r in tracker.find_runs({"kind": "law"})] == [second]
+    history = tracker.client.get_metric_history(second, "nll/test")
+    assert [(m.step, m.value) for m in history] == [(0, 8.0), (1, 6.0)]
+    assert [m.value for m in tracker.client.get_metric_history(second, "compute")] == [1e9, 1e10]
+    assert "points.csv" in [f.path for f in tracker.client.list_artifacts(second)]
+
+
+def test_a_study_folder_is_sent_whole_and_unchanged_parts_are_left_out(run: Path, tracker: Tracker) -> None:
+    study = run.parent.parent
+    law(study / "law", "law-1")
+    seen: dict[Path, tuple[object, ...]] = {}
+    assert not sync_folder(study, tracker, seen)
+    assert {r.info.run_name for r in tracker.find_runs({"study": "s"})} == {"C=8", "law"}
+    marks = dict(seen)
+    sync_folder(study, tracker, seen)
+    assert seen == marks
+
+
+def test_views_are_written_and_listed(tracker: Tracker, database: Path) -> None:
+    write_views(tracker, {"mlflow.sharedViewState.scaling": json.dumps({"name": "Scaling curves"})})
+    found = saved_views(f"sqlite:///{database}")
+    assert ("s", tracker.experiment_id, "scaling", "Scaling curves") in found
+
+
+def test_two_first_uses_of_a_database_at_once(run: Path, tmp_path: Path) -> None:
+    uri = f"sqlite:///{tmp_path / 'new' / 'mlflow.db'}"
+    command = [sys.executable, "-m", "trainer.tracking.mlflow_sync", str(run), "--tracking-uri", uri]
+    both = [subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True) for _ in range(2)]
+    errors = [process.communicate(timeout=120)[1] for process in both]
+    assert [process.returncode for process in both] == [0, 0], errors
+    assert no_step_twice(tmp_path / "new" / "mlflow.db")
+
+
+def test_a_tracker_that_is_down_is_a_message_without_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    with pytest.raises(UserError) as caught:
+        connect("http://somebody:hunter22@127.0.0.1:9/", "s", attempts=1)
+    assert "127.0.0.1:9" in str(caught.value)
+    assert "does not answer" in str(caught.value)
+    assert "hunter22" not in str(caught.value)
+    assert "somebody" not in str(caught.value)
+
+
+def test_following_survives_failures_reports_each_series_once_and_makes_a_last_pass() -> None:
+    outcomes = iter([OSError("down"), OSError("down"), False, OSError("again"), False, False])
+    passes, reports = [], []
+
+    def one_pass() -> bool:
+        outcome = next(outcomes)
+        passes.append(outcome)
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    import trainer.tracking.follow as module
+
+    pauses: list[float] = []
+    original = module._sleep
+    module._sleep = lambda seconds, stopping: pauses.append(seconds)
+    try:
+        follow(one_pass, report=lambda e: reports.append(e and str(e)), stop=lambda: len(passes) == 5, poll_seconds=3.0)
+    finally:
+        module._sleep = original
+    assert len(passes) == 6
+    assert reports == ["down", None, "again", None]
+    assert pauses == [1.0, 2.0, 3.0, 1.0, 3.0]
+
+
+def test_redaction() -> None:
+    assert redact("cannot reach http://me:pass@host/x") == "cannot reach http://***@host/x"
+    assert redact("bad password hunter22", "https://me:hunter22@host") == "bad password ***"
+
+
+def test_flatten_leaves_out_what_may_hold_credentials() -> None:
+    flat = flatten({"a": {"b": 1, "c": [1, 2]}, "tracking": {"uri": "x", "api_token": "y"}, "d": None, "e": {}})
+    assert flat == {"a.b": "1", "a.c": "[1, 2]", "d": "null", "e": "{}"}
+
+
+def test_of_two_evaluations_at_one_point_the_latest_counts() -> None:
+    points = eval_points([eval_record(100, time=900.0, value=2.0), eval_record(100, time=100.0, value=9.0)])
+    assert points["nll/test", 100][-1].value == pytest.approx(3.0)
+
+
+def test_infinity_is_not_drawn() -> None:
+    point = next(train_points(TrainRecord(1, 1.0, 1.0, {"train/loss": float("inf")})))
+    assert point.value != point.value
