@@ -19,7 +19,8 @@ from cluster.plan import eval_resources, evaluation_flops, trial_resources, tria
 from cluster.spec import StudyConfig
 from cluster.trials import Trial, trial_config
 from data_pipeline.errors import UserError
-from trainer.config import save_config
+from trainer.config import load_config, save_config
+from trainer.run_folder import check_same_run
 from trainer.tracking.records import EvalRecord, TrainRecord, segments
 
 
@@ -64,7 +65,10 @@ class StudyFolder:
 
     def _prepare(self, trial: Trial) -> TrialJob:
         folder = self.run_folder(trial.name)
-        save_config(trial_config(trial, folder), folder / "trial.yaml")
+        config = trial_config(trial, folder)
+        if (folder / "config.yaml").exists():  # also where the trial is finished and would not look itself
+            check_same_run(load_config(folder / "config.yaml"), config, folder)
+        save_config(config, folder / "trial.yaml")
         return TrialJob(
             trial.name, folder, self.study.resources.num_processes, trial_resources(self.study),
             trial_seconds(self.study, trial),

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import socket
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from cluster.ranks import GRACE_SECONDS, RanksSpec
 from cluster.workers import EvalWorker, TrialWorker
 from data_pipeline.errors import UserError
 
+_ANSWER_SECONDS = 10.0
 _OBJECT_STORE_BYTES = 100_000_000  # nothing but paths and numbers goes through it
 
 
@@ -35,6 +37,7 @@ class RayBackend:
     def __init__(self, address: str | None = None) -> None:
         """Start Ray here (address None) or connect. Raises UserError when no cluster answers there."""
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        _check_answers(address)
         import ray
 
         self._ray = ray
@@ -135,6 +138,20 @@ class RayBackend:
     def _forget(self, entry: _Running) -> None:
         with contextlib.suppress(Exception):  # it may be dead already
             self._ray.kill(entry.actor)
+
+
+def _check_answers(address: str | None) -> None:
+    """A wrong host or port is said in seconds; Ray would try for minutes."""
+    host, colon, port = (address or "").removeprefix("ray://").rpartition(":")
+    if not colon or not port.isdigit():
+        return
+    try:
+        socket.create_connection((host, int(port)), timeout=_ANSWER_SECONDS).close()
+    except OSError as error:
+        raise UserError(
+            f"nothing answers at --address {address} ({error}). Check host and port (`ray status` on the cluster "
+            "names them), or leave out --address to use this machine."
+        ) from None
 
 
 def _cores() -> int:

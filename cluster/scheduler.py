@@ -7,6 +7,7 @@ not. A job that failed through no fault of the user's is tried again after a gro
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -42,7 +43,7 @@ class Scheduler:
     """Keeps every job's state and decides."""
 
     def __init__(self, trials: Iterable[TrialJob], *, attempts: int = 3, first_pause: float = 5.0) -> None:
-        self._trials = [_Waiting(job) for job in sorted(trials, key=lambda job: -job.seconds)]
+        self._trials = [_Waiting(job) for job in sorted(trials, key=lambda job: -_about(job.seconds))]
         self._evaluations: list[_Waiting] = []
         self._known: set[str] = set()  # evaluations ever added
         self._failed_attempts: dict[str, int] = {}
@@ -103,6 +104,11 @@ class Scheduler:
         retry = Retry(job, attempt, pause, outcome.message)
         self.retries.append(retry)
         return retry
+
+
+def _about(seconds: float) -> float:
+    """Times within some ten per cent are equal, and the study's own order decides: rounding of budgets should not."""
+    return round(20 * math.log10(max(seconds, 1e-9))) / 20
 
 
 def first_that_never_fits(jobs: Iterable[Job], largest: Resources) -> Job | None:

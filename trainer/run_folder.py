@@ -73,7 +73,7 @@ class RunFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         stored = self.path / "config.yaml"
         if stored.exists():
-            _check_same(load_config(stored), config, self.path)
+            check_same_run(load_config(stored), config, self.path)
         save_config(config, stored)
         identity = self.path / "run.json"
         run_id = json.loads(identity.read_text())["id"] if identity.exists() else uuid.uuid4().hex
@@ -100,7 +100,8 @@ class RunFolder:
             yield
 
 
-def _check_same(old: RunConfig, new: RunConfig, path: Path) -> None:
+def check_same_run(old: RunConfig, new: RunConfig, path: Path) -> None:
+    """Raises ConfigError, naming each setting, where `new` would not continue the run of `old` in `path`."""
     before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
     differing = []
     for section, value in after.items():

@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -87,6 +88,21 @@ def test_a_missing_shard_is_refused_at_the_start(tiny_config: Path, generated_da
     done = run(sys.executable, *command, f"data.train={data / 'train'}")
     assert done.returncode == 2
     assert ".tar" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_taken_port_is_named(tiny_config: Path, tmp_path: Path) -> None:
+    with socket.socket() as holder:
+        holder.bind(("127.0.0.1", 0))
+        holder.listen()
+        port = str(holder.getsockname()[1])
+        rank = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        command = ["trainer/run.py", "--config", str(tiny_config), f"run.folder={tmp_path / 'r'}"]
+        done = subprocess.run(
+            [sys.executable, *command], cwd=ROOT, env=os.environ | rank, text=True, capture_output=True, timeout=120
+        )
+    assert done.returncode == 2
+    assert f"port {port} is in use" in done.stderr
     assert "Traceback" not in done.stderr
 
 
