@@ -20,10 +20,14 @@ def timestep_embedding(timesteps: Tensor, dim: int, max_period: float = 10_000.0
 
 
 class GroupNorm(nn.GroupNorm):
-    """GroupNorm computed in float32 whatever comes in; 32 groups, or as many as divide the channels."""
+    """GroupNorm computed in float32 whatever comes in.
+
+    32 groups as in the reference; widths that are no multiple of 32 take the most groups below that which divide
+    them, so that small nets of neighbouring widths are normalised alike.
+    """
 
     def __init__(self, num_channels: int) -> None:
-        super().__init__(math.gcd(32, num_channels), num_channels)
+        super().__init__(max(g for g in range(1, 33) if num_channels % g == 0), num_channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.float()).to(x.dtype)
