@@ -1,8 +1,8 @@
 """The training loop: read it top to bottom.
 
 The clock is `nimg`, images seen. Everything random is a function of (seed, nimg), so a run that resumes at a
-checkpoint goes on as if it had never stopped. Nothing in a step waits for the device: figures and the stop request
-are read one logging interval late.
+checkpoint goes on as if it had never stopped. Nothing in a step waits for the device: figures are read one logging
+interval late, the stop request one step late.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from trainer.grid import sample_images, save_grid
 from trainer.inputs import InputSource, StepInputs, open_dataset
 from trainer.meter import Meter, is_finite
 from trainer.models import ModelCost, build_model, count
-from trainer.processes import Processes, StopRequest
+from trainer.processes import Processes, StopAgreement, StopRequest
 from trainer.run_folder import RunFolder
 from trainer.tracking.follow import SyncProcess
 from trainer.tracking.records import RecordWriter, TrainRecord
@@ -148,6 +148,7 @@ class Run:
 
     def train(self, stop: StopRequest) -> int:
         config, plan, batch = self.config, self.plan, self.config.train.global_batch
+        agreement = StopAgreement(self.processes)
         bar = progress_bar(
             total=plan.total, unit="img", description=config.name, initial=self.nimg, disable=not self.processes.is_main
         )
@@ -155,15 +156,16 @@ class Run:
             for inputs in steps:
                 self.step(inputs)
                 bar.update(batch)
+                stopping = agreement.after_step(stop.requested) and self.nimg < plan.total
 
-                if self.nimg % plan.log_every == 0 or plan.saves(self.nimg):
+                if self.nimg % plan.log_every == 0 or plan.saves(self.nimg) or stopping:
                     self.log(self.meter.close_interval(
                         self.nimg, wait_seconds=steps.wait_seconds, lr=self.learning_rate(),
-                        warmed_up=self.timesteps.warmed_up_share(), stop_requested=stop.requested,
+                        warmed_up=self.timesteps.warmed_up_share(),
                     ))  # fmt: skip
-                if plan.saves(self.nimg) or self.meter.stop_agreed:
+                if plan.saves(self.nimg) or stopping:
                     self.save()
-                if self.meter.stop_agreed and self.nimg < plan.total:
+                if stopping:
                     return self.stopped(stop)
         self.finish()
         return FINISHED

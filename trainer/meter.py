@@ -16,7 +16,7 @@ from trainer.tracking.records import TrainRecord
 QUARTILES = 4
 # Columns of the sums: per quartile of t the image count and the sums of mse and vb, then the whole batch's figures.
 _PER_QUARTILE = ("count", "mse", "vb")
-_SCALARS = ("loss", "grad_norm", "steps", "stop")
+_SCALARS = ("loss", "grad_norm", "steps")
 
 
 @dataclass
@@ -42,9 +42,7 @@ class Meter:
         self._sums = self._zeros()
         self._pending: _Pending | None = None
         self._began = time.perf_counter()
-        self._nimg_at_start: int | None = None
         self._last_wait = 0.0
-        self.stop_agreed = False  # some process was asked to stop, and all know it
 
     def _zeros(self) -> Tensor:
         return torch.zeros(self._size, dtype=torch.float64, device=self._processes.device)
@@ -67,17 +65,13 @@ class Meter:
     def add_step(self, loss: Tensor, grad_norm: Tensor) -> None:
         """Add one step: its mean weighted loss on this process, and the global gradient norm."""
         scalars = self._sums[-len(_SCALARS) :]
-        scalars[:3] += torch.stack([loss.detach().double(), grad_norm.double(), torch.ones_like(loss).double()])
+        scalars += torch.stack([loss.detach().double(), grad_norm.double(), torch.ones_like(loss).double()])
 
-    def close_interval(
-        self, nimg: int, *, wait_seconds: float, lr: float, warmed_up: Tensor, stop_requested: bool
-    ) -> TrainRecord | None:
+    def close_interval(self, nimg: int, *, wait_seconds: float, lr: float, warmed_up: Tensor) -> TrainRecord | None:
         """End the interval at nimg; returns the record of the interval before it.
 
         All processes must call it at the same nimg: the sums are added up over them.
         """
-        if stop_requested:
-            self._sums[-1] = 1
         sums = self._processes.all_reduce_sum(self._sums)
         ready = None
         if sums.is_cuda:
@@ -100,7 +94,6 @@ class Meter:
             pending.ready.synchronize()  # recorded an interval ago: there is nothing to wait for
         table = pending.sums[: QUARTILES * len(_PER_QUARTILE)].view(QUARTILES, len(_PER_QUARTILE))
         scalars = dict(zip(_SCALARS, pending.sums[-len(_SCALARS) :].tolist(), strict=True))
-        self.stop_agreed |= scalars["stop"] > 0
         images = float(table[:, 0].sum())
         steps = scalars["steps"]  # summed over processes
         values = {

@@ -131,6 +131,31 @@ def free_port() -> int:
         return port
 
 
+class StopAgreement:
+    """Lets all processes leave the loop at the same step, when any of them was asked to.
+
+    The question goes round in the background after every step, between hosts' memories, and its answer is read a
+    step later: nothing waits, neither for it nor for a GPU.
+    """
+
+    def __init__(self, processes: Processes) -> None:
+        self._group = dist.new_group(backend="gloo") if processes.world_size > 1 else None
+        self._votes = torch.zeros(1, dtype=torch.int32)
+        self._pending: dist.Work | None = None
+
+    def after_step(self, requested: bool) -> bool:
+        """Called by all processes after every step; True on all of them at the same step."""
+        if self._group is None:
+            return requested
+        if self._pending is not None:
+            self._pending.wait()
+            if int(self._votes) > 0:
+                return True
+        self._votes = torch.tensor([int(requested)], dtype=torch.int32)
+        self._pending = dist.all_reduce(self._votes, group=self._group, async_op=True)
+        return False
+
+
 class StopRequest:
     """Set by SIGTERM, SIGUSR1 or Ctrl-C, and when the launcher that started us has died.
 
