@@ -5,10 +5,10 @@ All truth is in files, so the loop may die at any time: started again it finds w
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 
-from cluster.jobs import Backend, Job, Outcome, StudyFiles, TrialJob
+from cluster.jobs import Backend, Job, Outcome, Resources, StudyFiles, TrialJob
 from cluster.scheduler import Failure, Retry, Scheduler, first_that_never_fits
 from data_pipeline.errors import UserError
 
@@ -53,12 +53,14 @@ def run_jobs(
     Raises UserError with its message when a job fails by a mistake of the user's, or can never fit the cluster; other
     trials save and end first.
     """
-    _check_fits(trials, backend)
+    check_fits(trials, backend.largest())
     look_at = [trial.key for trial in trials]  # whose exports may call for evaluations: at first everybody's
     try:
         while True:
             for name in look_at:
-                scheduler.add_evaluations(files.missing_evaluations(name))
+                missing = files.missing_evaluations(name)
+                check_fits(missing, backend.largest())
+                scheduler.add_evaluations(missing)
             if scheduler.finished:
                 return Summary(False, scheduler.num_done, scheduler.failures, scheduler.retries)
             for job in scheduler.choose(backend.total(), backend.now()):
@@ -78,11 +80,13 @@ def run_jobs(
         raise
 
 
-def _check_fits(trials: list[TrialJob], backend: Backend) -> None:
-    total = backend.total()
-    big = first_that_never_fits(trials, total)
+def check_fits(jobs: Sequence[Job], largest: Resources) -> None:
+    """Raises UserError for a job that would wait for ever."""
+    big = first_that_never_fits(jobs, largest)
     if big is not None:
+        kind, keys = ("trial", "resources.cpus, .gpus, .num_processes") if isinstance(big, TrialJob) else (
+            "evaluation", "resources.eval_cpus, .eval_gpus")  # fmt: skip
         raise UserError(
-            f"trial {big.key} needs {big.resources}, but the cluster has {total} in all; "
-            "ask for less (resources.cpus, resources.gpus, resources.num_processes) or give a larger cluster."
+            f"{kind} {big.key} needs {big.resources}, but the largest node has {largest}; ask for less ({keys}) or "
+            "give larger nodes."
         )

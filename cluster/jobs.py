@@ -72,6 +72,9 @@ class Backend(Protocol):
     def total(self) -> Resources:
         """All devices of the cluster, now."""
 
+    def largest(self) -> Resources:
+        """What one job can have at best: the devices of the largest node."""
+
     def start(self, job: Job) -> None: ...
 
     def wait(self, seconds: float) -> list[Outcome]:

@@ -65,6 +65,11 @@ class RayBackend:
         found = self._ray.cluster_resources()
         return Resources(found.get("CPU", 0.0), found.get("GPU", 0.0))
 
+    def largest(self) -> Resources:
+        nodes = [node["Resources"] for node in self._ray.nodes() if node["Alive"]]
+        found = max(nodes, key=lambda node: (node.get("GPU", 0.0), node.get("CPU", 0.0)))
+        return Resources(found.get("CPU", 0.0), found.get("GPU", 0.0))
+
     def now(self) -> float:
         return time.monotonic()
 

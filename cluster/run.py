@@ -9,12 +9,12 @@ from contextlib import ExitStack
 
 from cluster.display import Display
 from cluster.driver import Summary, is_complete, run_jobs, waiting_trials
-from cluster.folder import StudyFolder
+from cluster.folder import StudyFolder, requests
 from cluster.heartbeat import heartbeat
 from cluster.jobs import TrialJob
 from cluster.scheduler import Scheduler
 from cluster.trials import data_folders
-from data_pipeline.errors import INTERRUPTED_EXIT
+from data_pipeline.errors import INTERRUPTED_EXIT, UserError
 from trainer.tracking.follow import SyncProcess
 
 _FAILED_EXIT = 1
@@ -41,7 +41,12 @@ def run_study(folder: StudyFolder, *, address: str | None, command: str) -> int:
 
 
 def show_report(folder: StudyFolder) -> None:
-    """Write the laws, send them to MLflow, and print them; the last lines say where to look."""
+    """Write the laws, send them to MLflow, and print them; the last lines say where to look.
+
+    Raises UserError for a study of which nothing has been evaluated.
+    """
+    if not any(folder.current_records(name) for name in folder.trials):
+        raise UserError(f"{folder.path} holds no evaluation yet, so there is nothing to report; run the study first.")
     with heartbeat("fitting the laws"):
         from cluster.report import write_report
         from cluster.tracking import send_report
@@ -86,6 +91,9 @@ def _preflight(folder: StudyFolder) -> None:
 
     for path in data_folders(folder.study, list(folder.trials.values())):
         ShardDataset(path)
+    for trial in folder.trials.values():
+        for request in requests(folder.study, trial, trial.total_images):
+            request.check()
     distance = folder.study.evaluation.distance
     if distance is not None:
         get_feature_net(distance.feature_net)

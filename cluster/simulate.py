@@ -42,6 +42,9 @@ class SimulatedCluster:
     def total(self) -> Resources:
         return self.resources
 
+    def largest(self) -> Resources:
+        return self.total()  # simulated clusters are one node
+
     def now(self) -> float:
         return self.clock
 

@@ -70,8 +70,8 @@ class Budget(Section):
 
 class NllConfig(Section):
     splits: tuple[Literal["test", "train"], ...] = Field(default=("test", "train"), min_length=1)
-    num_calls: int = Field(default=2048, ge=64)  # network calls an estimate
-    train_num_calls: int | None = Field(default=None, ge=64)  # on training images; default: num_calls
+    num_calls: int = Field(default=2048, ge=128)  # network calls an estimate
+    train_num_calls: int | None = Field(default=None, ge=128)  # on training images; default: num_calls
 
 
 class DistanceConfig(Section):

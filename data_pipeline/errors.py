@@ -27,12 +27,18 @@ class DataError(UserError):
     """Missing, damaged or unsuitable data: names the file and the remedy."""
 
 
-def disk_message(error: OSError) -> str | None:
-    """The message for an `OSError` that the user can mend (disk full, no permission), else None."""
-    where = f" while writing {error.filename}" if error.filename else ""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+class AgreedError(UserError):
+    """A `UserError` that all processes of a job raise together, so that one of them shows it for all."""
+
+
+def disk_message(error: BaseException) -> str | None:
+    """The message for an error that the user can mend at the disk (full, no permission), else None."""
+    where = f" while writing {error.filename}" if isinstance(error, OSError) and error.filename else ""
+    code = error.errno if isinstance(error, OSError) else None
+    # Writers outside Python (safetensors) raise an error of their own and tell only in words.
+    if code in (errno.ENOSPC, errno.EDQUOT) or "No space left on device" in str(error):
         return f"the disk is full{where}. Free some space and run the same command again: nothing earlier was lost."
-    if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+    if code in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"permission denied{where or ''}: {error}. Choose a folder that you can write to."
     return None
 

@@ -75,6 +75,9 @@ class EvalRequest:
             raise UserError(f"unknown metric {', '.join(unknown) or '(none)'}; known: {', '.join(METRICS)}.")
         if "nll" in self.metrics and self.nll_mode == "importance":
             check_num_calls(self.num_calls)
+        for name, least in (("num_images", 1), ("steps", 1), ("seed", 0)):
+            if getattr(self, name) < least:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} is too small; use {least} or more.")
         if "fd" in self.metrics and self.num_samples < 2:
             raise UserError(f"--num-samples {self.num_samples}: a Fréchet distance needs at least 2 samples.")
 
@@ -95,6 +98,13 @@ def evaluate(export_path: Path, request: EvalRequest, *, progress: bool = True) 
         raise UserError(
             f"the network makes {size}x{size} images, those in {request.data} are "
             f"{dataset.manifest.image_size}x{dataset.manifest.image_size}; name a split of the network's size."
+        )
+    if request.num_reference and request.num_reference > len(dataset):
+        raise UserError(f"--num-reference {request.num_reference}: {request.data} has {len(dataset)} images.")
+    if export.config.model.num_classes not in (0, dataset.manifest.num_classes):
+        raise UserError(
+            f"the network knows {export.config.model.num_classes} classes, {request.data} has "
+            f"{dataset.manifest.num_classes}; name a split with the classes it was trained on."
         )
     if export.config.model.low_res_size:
         raise UserError(
@@ -245,8 +255,12 @@ def main() -> int:
         nll_mode=a.mode, num_calls=a.num_calls, num_images=a.num_images, num_samples=a.num_samples,
         num_reference=a.num_reference, sampler=a.sampler, steps=a.steps, num_threads=a.num_threads,
     )  # fmt: skip
+    request.check()
+    open_export(a.export)
+    out = a.out or result_path(a.export, request)
+    out.parent.mkdir(parents=True, exist_ok=True)  # fails now, not after the work
     records = evaluate(a.export, request)
-    write_records(a.out or result_path(a.export, request), records, request)
+    write_records(out, records, request)
     if not a.no_mlflow and a.out is None:
         send_to_mlflow(a.export)
     json.dump([r.to_json() for r in records], sys.stdout, indent=2)

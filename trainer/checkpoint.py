@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from data_pipeline.errors import UserError, disk_message
+from data_pipeline.errors import AgreedError, UserError, disk_message
 from data_pipeline.files import fsync_file, sha256_file, write_atomic, write_json
 from trainer.engine import MOMENTS, Engine, Fragment
 from trainer.processes import Processes
@@ -108,10 +108,7 @@ class _AgreedFailure:
         try:
             return action()
         except (OSError, SafetensorError) as error:
-            plain = disk_message(error) if isinstance(error, OSError) else None
-            if plain is None and "No space left" in str(error):  # safetensors hides the errno
-                plain = "the disk is full. Free some space and run the same command again: nothing earlier was lost."
-            self._message = plain or f"{type(error).__name__}: {error}"
+            self._message = disk_message(error) or f"{type(error).__name__}: {error}"
             return None
 
     def __exit__(self, kind: Any, *_: Any) -> None:
@@ -121,7 +118,7 @@ class _AgreedFailure:
         if messages:
             if self._clean is not None and self._processes.is_main:
                 shutil.rmtree(self._clean, ignore_errors=True)
-            raise UserError(f"the checkpoint could not be written, the previous ones are intact: {messages[0]}")
+            raise AgreedError(f"the checkpoint could not be written, the previous ones are intact: {messages[0]}")
 
 
 def _write_own(folder: Path, owned: list[Fragment], ema: list[Tensor], processes: Processes) -> dict[str, Any]:
@@ -238,15 +235,19 @@ def list_checkpoints(folder: Path) -> list[Path]:
 
 
 def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint that verifies, and a line for each newer one that does not.
+    """The newest checkpoint that verifies, and a line for each newer one that does not; those are set aside.
 
     Raises UserError when there are checkpoints and none is valid: starting fresh would silently lose a run.
     """
     skipped: list[str] = []
+    damaged: list[Path] = []
     for path in list_checkpoints(folder):
         problem = verify(path)
         if problem is None:
+            for other in damaged:  # else they would count among the newest that are kept
+                set_aside(other)
             return path, skipped
+        damaged.append(path)
         skipped.append(f"skipped checkpoint {path.name}: {problem}")
     if skipped:
         raise UserError(
@@ -254,6 +255,13 @@ def newest_valid(folder: Path) -> tuple[Path | None, list[str]]:
             + "\nRestore one from a copy, or move the run folder away to start afresh."
         )  # fmt: skip
     return None, []
+
+
+def set_aside(path: Path) -> None:
+    """Keep a damaged checkpoint for inspection, under a name that no longer counts as one."""
+    aside = path.with_name(f"{path.name}.damaged")
+    shutil.rmtree(aside, ignore_errors=True)
+    path.rename(aside)
 
 
 def remove_old(folder: Path, keep: int) -> None:

@@ -192,7 +192,9 @@ def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     # A budget given on the command line replaces the file's, whichever of the two kinds it has.
     for key, other in (("budget_images", "budget_flops"), ("budget_flops", "budget_images")):
         if any(o.startswith(f"train.{key}=") for o in overrides):
-            tree.get("train", {}).pop(other, None)
+            train = tree.get("train")
+            if isinstance(train, dict):
+                train.pop(other, None)
     return validate(RunConfig, merge(tree, parse_overrides(overrides)), source=str(path))
 
 

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data_pipeline.dataset import ShardDataset
-from data_pipeline.errors import UserError
+from data_pipeline.errors import AgreedError
 from data_pipeline.progress import progress_bar
 from trainer.checkpoint import CheckpointReader, RunState, newest_valid, remove_old, save_checkpoint
 from trainer.config import RunConfig, to_yaml
@@ -78,6 +78,7 @@ def train(config: RunConfig, processes: Processes, stop: StopRequest) -> int:
     split_batch(config, processes.world_size)
     with ExitStack() as stack:
         processes.from_main(lambda: stack.enter_context(folder.lock()) and None)
+        processes.from_main(lambda: open_dataset(config) and None)  # so that one of them tells what is wrong
         dataset = open_dataset(config)
         facts = {
             "num_params": cost.num_params, "flops_per_image": cost.train_flops,
@@ -89,6 +90,7 @@ def train(config: RunConfig, processes: Processes, stop: StopRequest) -> int:
             if processes.is_main:
                 print(f"{folder.path}: finished already, {result['nimg']:,} images seen; nothing to do.")
             return FINISHED
+        folder.forget_result(processes.is_main)
         if processes.is_main and config.tracking.mlflow:
             sync = SyncProcess(folder.path, uri=config.tracking.uri, experiment=config.tracking.experiment)
             stack.callback(sync.stop)
@@ -123,6 +125,8 @@ class Run:
             reader.restore(self.engine, self.ema.shadows)
             self.timesteps.load(reader.sampler_state())
             self.nimg, self.seconds_before = reader.state.nimg, reader.state.seconds
+            if self.nimg in plan.exports:  # an earlier life may have died between the checkpoint and its export
+                processes.from_main(lambda: self._export(reader.path))
         self.records = RecordWriter(folder.path, self.nimg) if processes.is_main else None
         self.began = time.perf_counter()
 
@@ -137,7 +141,7 @@ class Run:
             return None
         reader = CheckpointReader(path)
         if reader.state.data_fingerprint != self.dataset.manifest.fingerprint:
-            raise UserError(
+            raise AgreedError(
                 f"{path} was trained on other data than {self.config.data.train} "
                 f"({reader.state.data_fingerprint} against {self.dataset.manifest.fingerprint}); "
                 "set data.train to the former data, or choose another run.folder=..."
@@ -163,6 +167,7 @@ class Run:
                         self.nimg, wait_seconds=steps.wait_seconds, lr=self.learning_rate(),
                         warmed_up=self.timesteps.warmed_up_share(),
                     ))  # fmt: skip
+                stop.saving = stopping
                 if plan.saves(self.nimg) or stopping:
                     self.save()
                 if stopping:
@@ -232,10 +237,10 @@ class Run:
         if self.records is not None:
             self.records.write(record)
         if not is_finite(record):
-            raise UserError(
+            raise AgreedError(
                 f"the loss is no longer finite at {record.nimg:,} images (loss {record.values['train/loss']}, gradient "
-                f"norm {record.values['train/grad_norm']}). The last checkpoint is kept; continue from it with a lower "
-                "train.lr or with train.grad_clip=1 in a new run.folder."
+                f"norm {record.values['train/grad_norm']}). The checkpoints before it are kept. Start again in a new "
+                "run.folder with a lower train.lr, a longer train.warmup_images or train.grad_clip=1."
             )
 
     def save(self) -> None:
@@ -278,15 +283,16 @@ class Run:
         }
 
     def _export(self, checkpoint: Path) -> None:
+        """Write the export of a checkpoint and its grid, where they are not there yet."""
         export = write_export(checkpoint, self.folder.exports, run_id=self.folder.identity()["id"])
-        grid = self.config.train.sample_grid
-        if grid.num_images:
+        grid, picture = self.config.train.sample_grid, self.folder.samples / f"{export.name}.png"
+        if grid.num_images and not picture.exists():
             network = open_export(export).network("ema").to(self.processes.device)
             images = sample_images(
                 network, self.config, range(grid.num_images), num_steps=grid.num_steps, sampler=grid.sampler,
                 low_res=self._low_res_examples(grid.num_images), device=self.processes.device,
             )  # fmt: skip
-            save_grid(images, self.folder.samples / f"{export.name}.png")
+            save_grid(images, picture)
 
     def _low_res_examples(self, num_images: int) -> Tensor | None:
         """The data's first images, made small: what a super-resolution network's samples start from."""

@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 import time
+import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,7 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_pipeline.errors import UserError, disk_message
+from data_pipeline.errors import AgreedError, UserError, disk_message
 
 GRACE_SECONDS = 25.0  # from a stop request to the end of the process, saved or not
 T = TypeVar("T")
@@ -59,18 +60,20 @@ class Processes:
         return values
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """The main process computes a value, all get it; a UserError there is raised everywhere."""
+        """The main process computes a value, all get it; what goes wrong there is raised everywhere."""
         box: list[Any] = [None, None]
         if self.is_main:
             try:
                 box[0] = make()
             except UserError as error:
                 box[1] = str(error)
-            except OSError as error:
+            except Exception as error:  # whatever it is, the others must not wait for ever
+                if disk_message(error) is None:
+                    traceback.print_exc()
                 box[1] = disk_message(error) or f"{type(error).__name__}: {error}"
         dist.broadcast_object_list(box)
         if box[1] is not None:
-            raise UserError(box[1])
+            raise AgreedError(box[1])
         value: T = box[0]
         return value
 
@@ -160,12 +163,13 @@ class StopRequest:
     """Set by SIGTERM, SIGUSR1 or Ctrl-C, and when the launcher that started us has died.
 
     The loop reads it at a step boundary, saves and exits. Should the process be stuck, it is ended after
-    `GRACE_SECONDS` anyway, so that no orphan keeps a device.
+    `GRACE_SECONDS` anyway, so that no orphan keeps a device; once it saves (`saving`), it may take its time.
     """
 
     def __init__(self) -> None:
         self.requested = False
         self.reason = ""
+        self.saving = False
 
     def install(self, *, launched: bool) -> None:
         """Listen; `launched`: a launcher (deepspeed, torchrun, Ray) started us, so its death ends us too."""
@@ -192,4 +196,5 @@ class StopRequest:
 
     def _force(self) -> None:
         time.sleep(GRACE_SECONDS)
-        os._exit(1)
+        if not self.saving:
+            os._exit(1)

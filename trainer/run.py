@@ -17,7 +17,7 @@ import os
 import traceback
 from typing import NoReturn
 
-from data_pipeline.errors import INTERRUPTED_EXIT, USER_ERROR_EXIT, ConfigError, UserError
+from data_pipeline.errors import INTERRUPTED_EXIT, USER_ERROR_EXIT, AgreedError, ConfigError, UserError, disk_message
 from trainer.config import RunConfig, load_config
 
 CRASHED = 1
@@ -48,24 +48,39 @@ def main(config: RunConfig) -> int:
     return train(config, processes, stop)
 
 
+def _lost_a_peer(error: Exception) -> bool:
+    """A collective operation broke because another process ended."""
+    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
+    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and any(word in str(error) for word in words)
+
+
 def command_line() -> NoReturn:
     """`main` for a shell: user errors as one message from the first process, exit codes as documented.
 
     Ends by `os._exit`: threads of gloo and of a half-built process group can hang in the interpreter's teardown.
     """
+    first = os.environ.get("RANK", "0") == "0"
     try:
         code = main(parse_arguments())
     except UserError as error:
-        code, message = USER_ERROR_EXIT, str(error)
-        if os.environ.get("RANK", "0") == "0":
-            print(f"error: {message}", file=sys.stderr)
+        code = USER_ERROR_EXIT
+        # What all processes raise is said once; what only this one met (a damaged sample, say) nobody else can say.
+        if first or not isinstance(error, (AgreedError, ConfigError)):
+            print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         code = INTERRUPTED_EXIT
     except SystemExit as error:  # argparse
         code = error.code if isinstance(error.code, int) else USER_ERROR_EXIT
-    except Exception:
+    except Exception as error:
         code = CRASHED
-        traceback.print_exc()
+        message = disk_message(error)
+        if message is not None:
+            code = USER_ERROR_EXIT
+            print(f"error: {message}", file=sys.stderr)
+        elif _lost_a_peer(error):
+            print(f"lost another process of this job, which says why: {str(error).splitlines()[0]}", file=sys.stderr)
+        else:
+            traceback.print_exc()
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

@@ -61,6 +61,11 @@ class RunFolder:
         """The run is complete: the last file it writes."""
         write_json(self.result, value)
 
+    def forget_result(self, is_main: bool) -> None:
+        """The run goes on to a larger budget: it is no longer complete."""
+        if is_main:
+            self.result.unlink(missing_ok=True)
+
     def identity(self) -> dict[str, Any]:
         value: dict[str, Any] = json.loads((self.path / "run.json").read_text())
         return value

@@ -10,6 +10,7 @@ from typing import ClassVar
 
 import pytest
 from ranks import run_ranks
+from safetensors import SafetensorError
 
 from data_pipeline.errors import UserError
 from trainer import checkpoint as checkpoints
@@ -80,14 +81,36 @@ def test_resume_after_damage_ends_at_the_same_weights(finished_run: Path, run: P
     (run / "result.json").unlink()
     shutil.rmtree(run / "exports" / "000000000048")
     flip_a_byte(run / "checkpoints" / "000000000048" / "rank-00000.safetensors")
-    text = run_ranks(["trainer/run.py", "--config", str(tiny_config), f"run.folder={run}"], 1)
+    command = ["trainer/run.py", "--config", str(tiny_config), f"run.folder={run}", "train.keep_checkpoints=1"]
+    text = run_ranks(command, 1)
     assert "skipped checkpoint 000000000048" in text
+    # The damaged one must not count among those that are kept, or the good ones would be removed.
+    kept = list_checkpoints(run / "checkpoints")
+    assert [p.name for p in kept] == ["000000000048"]
+    assert verify(kept[0]) is None
+    assert (run / "checkpoints" / "000000000048.damaged").is_dir()
     assert "resuming at 24 images" in text
     hashes = [open_export(r / "exports" / "000000000048").weights_sha256 for r in (run, finished_run)]
     assert hashes[0] == hashes[1]
 
 
-def test_a_full_disk_keeps_the_old_checkpoints(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_export_lost_after_its_checkpoint_is_made_again(finished_run: Path, run: Path, tiny_config: Path) -> None:
+    (run / "result.json").unlink()
+    shutil.rmtree(run / "exports" / "000000000048")
+    run_ranks(["trainer/run.py", "--config", str(tiny_config), f"run.folder={run}"], 1)
+    ours, theirs = (open_export(r / "exports" / "000000000048") for r in (run, finished_run))
+    assert ours.weights_sha256 == theirs.weights_sha256
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        SafetensorError("I/O error: No space left on device (os error 28)"),  # what the library really raises
+    ],
+    ids=["python", "safetensors"],
+)
+def test_a_full_disk_keeps_the_old_checkpoints(run: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
     class Alone:
         is_main, rank, world_size = True, 0, 1
 
@@ -100,7 +123,7 @@ def test_a_full_disk_keeps_the_old_checkpoints(run: Path, monkeypatch: pytest.Mo
         shapes: ClassVar[dict[str, tuple[int, ...]]] = {}
 
     def full(*_: object) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise error
 
     monkeypatch.setattr(checkpoints, "save_file", full)
     before = sorted(p.name for p in (run / "checkpoints").iterdir())

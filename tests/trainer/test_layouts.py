@@ -27,10 +27,13 @@ def weights(run: Path, nimg: int = FULL) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def largest_difference(run: Path, other: Path) -> float:
+def relative_difference(run: Path, other: Path) -> float:
+    """Norm of the difference of all weights and averages, relative to theirs; 0.0 only when every bit is equal."""
     ours, theirs = weights(run), weights(other)
     assert ours.keys() == theirs.keys()
-    return max(float((ours[name] - theirs[name]).abs().max()) for name in ours)
+    square = sum(float((ours[name].double() - theirs[name].double()).square().sum()) for name in ours)
+    norm = sum(float(theirs[name].double().square().sum()) for name in theirs)
+    return (square / norm) ** 0.5
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -52,8 +55,11 @@ def runs(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         spec.write_text(json.dumps({"config": str(tiny_config), "runs": scenarios}))
         run_ranks(["tests/trainer/train_scenarios.py", str(spec)], world)
 
+    # Wide enough that every normalisation group has two channels: a group of one makes the bias before it idle, and
+    # Adam then turns the rounding noise of its zero gradient into steps that differ between layouts. (Elements with
+    # tiny gradients do so in any net: weights are compared as a whole, the loss closely.)
     def scenario(name: str, stage: int, *more: str) -> list[str]:
-        return [f"run.folder={base / name}", f"engine.zero_stage={stage}", *more]
+        return [f"run.folder={base / name}", f"engine.zero_stage={stage}", "model.channels=40", *more]
 
     for world in (1, 2):
         whole = [scenario(f"s{stage}w{world}", stage) for stage in (0, 1, 2, 3)]
@@ -75,23 +81,23 @@ def runs(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("world", [1, 2])
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_every_layout_trains_the_same_weights(runs: Path, stage: int, world: int) -> None:
-    assert largest_difference(runs / f"s{stage}w{world}", runs / "s0w1") < 2e-6
+    assert relative_difference(runs / f"s{stage}w{world}", runs / "s0w1") < 1e-5
     expected = losses(runs / "s0w1")
     found = losses(runs / f"s{stage}w{world}")
     assert found.keys() == expected.keys()
-    assert all(found[n] == pytest.approx(expected[n], rel=1e-5) for n in expected)
+    assert all(found[n] == pytest.approx(expected[n], rel=1e-6) for n in expected)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_resume_on_the_same_layout_is_bit_exact(runs: Path, stage: int) -> None:
     resumed, straight = runs / f"resumed-s{stage}w2", runs / f"s{stage}w2"
     assert (resumed / f"metrics.{HALF}.jsonl").exists()  # it did resume, not start again
-    assert largest_difference(resumed, straight) == 0.0
+    assert relative_difference(resumed, straight) == 0.0
     assert losses(resumed)[FULL] == losses(straight)[FULL]
 
 
 def test_importance_sampling_history_survives_a_resume(runs: Path) -> None:
-    assert largest_difference(runs / "resumed-vlb", runs / "vlb") == 0.0
+    assert relative_difference(runs / "resumed-vlb", runs / "vlb") == 0.0
     [*_, checkpoint] = sorted((runs / "vlb" / "checkpoints").iterdir())
     state, resumed = (
         load_file(runs / name / "checkpoints" / checkpoint.name / "sampler.safetensors")
@@ -105,5 +111,5 @@ def test_importance_sampling_history_survives_a_resume(runs: Path) -> None:
 def test_a_run_moves_to_another_layout(runs: Path, name: str) -> None:
     moved = runs / name
     assert (moved / f"metrics.{HALF}.jsonl").exists()
-    assert largest_difference(moved, runs / "s0w1") < 2e-6
-    assert losses(moved)[FULL] == pytest.approx(losses(runs / "s0w1")[FULL], rel=1e-4)
+    assert relative_difference(moved, runs / "s0w1") < 1e-5
+    assert losses(moved)[FULL] == pytest.approx(losses(runs / "s0w1")[FULL], rel=1e-6)

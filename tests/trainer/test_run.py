@@ -91,6 +91,27 @@ def test_a_missing_shard_is_refused_at_the_start(tiny_config: Path, generated_da
     assert "Traceback" not in done.stderr
 
 
+def test_a_damaged_sample_is_named_whichever_process_meets_it(
+    tiny_config: Path, generated_data: Path, tmp_path: Path
+) -> None:
+    data = shutil.copytree(generated_data / "train", tmp_path / "train")
+    shard = next(data.glob("*.tar"))
+    content = bytearray(shard.read_bytes())
+    for start in range(600, len(content) - 600, 512):  # every sample, so that the second process meets one at once
+        content[start] ^= 0xFF
+    shard.write_bytes(content)
+    config = ["--config", str(tiny_config), f"run.folder={tmp_path / 'r'}", f"data.train={data}"]
+    processes = start_ranks(["trainer/run.py", *config], 2)
+    try:
+        texts = [p.communicate(timeout=120)[0] for p in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    assert 2 in [p.returncode for p in processes]
+    assert any("damaged" in text and shard.name in text for text in texts), texts
+    assert not any("Traceback" in text for text in texts), texts
+
+
 def test_a_taken_port_is_named(tiny_config: Path, tmp_path: Path) -> None:
     with socket.socket() as holder:
         holder.bind(("127.0.0.1", 0))

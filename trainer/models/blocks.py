@@ -23,7 +23,8 @@ class GroupNorm(nn.GroupNorm):
     """GroupNorm computed in float32 whatever comes in.
 
     32 groups as in the reference; widths that are no multiple of 32 take the most groups below that which divide
-    them, so that small nets of neighbouring widths are normalised alike.
+    them, so that small nets of neighbouring widths are normalised alike. (Below 64 channels a group can be a single
+    channel: the bias before it is then idle, and its value nothing but rounding noise.)
     """
 
     def __init__(self, num_channels: int) -> None:

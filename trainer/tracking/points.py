@@ -75,7 +75,7 @@ def eval_points(records: Iterable[EvalRecord]) -> dict[tuple[str, int], list[Poi
     """
     points: dict[tuple[str, int], list[Point]] = {}
     for record in sorted(records, key=lambda r: r.time):
-        key, time_ms = f"{record.metric}/{record.split}", _milliseconds(record.time)
+        key, time_ms = _eval_key(record), _milliseconds(record.time)
         group = [Point(COMPUTE, record.compute, 0, record.nimg)]
         if record.stderr is not None:
             group.append(Point(f"{key}_stderr", _drawable(record.stderr), time_ms, record.nimg))
@@ -83,6 +83,13 @@ def eval_points(records: Iterable[EvalRecord]) -> dict[tuple[str, int], list[Poi
         group.append(Point(key + BY_COMPUTE, value, time_ms, _gflop(record.compute)))
         points[key, record.nimg] = [*group, Point(key, value, time_ms, record.nimg)]
     return points
+
+
+def _eval_key(record: EvalRecord) -> str:
+    """`nll/test`; what was measured in another way than studies do says so: `nll/test (model)`, `nll/test (exact)`."""
+    usual = {"weights": "ema", "mode": "importance"}
+    unusual = [str(record.measured[k]) for k, v in usual.items() if record.measured.get(k, v) != v]
+    return f"{record.metric}/{record.split}" + "".join(f" ({word})" for word in unusual)
 
 
 def law_points(law: LawRun) -> Iterator[Point]:

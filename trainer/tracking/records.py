@@ -6,6 +6,7 @@ replaces what an earlier segment said at or beyond n) and `evals/<nimg>/<key>.js
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -77,9 +78,12 @@ class RecordWriter:
         self._file.flush()
 
     def close(self) -> None:
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        self._file.close()
+        """End the segment. A disk that is full has been reported by the write that met it."""
+        with contextlib.suppress(OSError):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        with contextlib.suppress(OSError):
+            self._file.close()
 
 
 def segments(run_folder: Path) -> list[tuple[int, Path]]:
