@@ -136,7 +136,7 @@ def test_a_driver_that_died_is_continued() -> None:
 def test_a_trial_that_can_never_fit_is_refused_at_once() -> None:
     jobs = [trial("a", 10), trial("huge", 10, Resources(cpus=8, gpus=8))]
     world = cluster(jobs)
-    with pytest.raises(UserError, match="trial huge needs 8 CPUs and 8 GPUs, but the cluster has 2 CPUs"):
+    with pytest.raises(UserError, match="trial huge needs 8 CPUs and 8 GPUs, but the largest node has 2 CPUs"):
         drive(world, jobs)
     assert not world.log
 
