@@ -100,10 +100,11 @@ class Manifest(_Part):
 def remedy(folder: Path, source: SourceInfo | None = None) -> str:
     """What to do about a damaged split: the command that makes it anew."""
     out = folder.parent
-    command = f"python -m data_pipeline.prepare {source.kind if source else 'cifar10'} --out {out}"
     if source is None:
-        return f"Remove {out} and make it anew, for example: {command}"
-    return f"Remove {out} and make it anew: {command}" + (" (and the options of then)" if source.options else "")
+        return f"Remove {out} and make it anew with python -m data_pipeline.prepare SOURCE --out {out}"
+    options = ", ".join(f"{key}={value}" for key, value in source.options.items())
+    command = f"python -m data_pipeline.prepare {source.kind} --out {out}"
+    return f"Remove {out} and make it anew: {command}" + (f" (it was made with {options})" if options else "")
 
 
 def _missing(folder: Path) -> str:
@@ -114,7 +115,10 @@ def _missing(folder: Path) -> str:
         if splits:
             return f"{folder} is not one split but holds several: use {' or '.join(str(folder / s) for s in splits)}."
         what = f"{folder} holds no {FILE_NAME}, so it is no prepared data split"
-    return f"{what}. Make one, for example: python -m data_pipeline.prepare cifar10 --out {folder.parent}"
+    return (
+        f"{what}. Make one: python -m data_pipeline.prepare cifar10 --out data/cifar10, "
+        f"or from your own images: python -m data_pipeline.prepare folder --from DIR --size SIZE --out {folder.parent}"
+    )
 
 
 def _first_problem(error: ValidationError) -> str:

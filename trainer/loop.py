@@ -210,7 +210,7 @@ class Run:
         loss = (losses.loss * weights).mean()
         self.engine.backward(loss)
         self.engine.step(self.learning_rate())
-        self.meter.add_losses(t, losses)
+        self.meter.add_losses(t, weights, losses)
         return t, loss.detach(), losses.loss.detach()
 
     def timesteps_update(self, t: Tensor, losses: Tensor) -> None:

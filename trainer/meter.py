@@ -14,8 +14,9 @@ from trainer.processes import Processes
 from trainer.tracking.records import TrainRecord
 
 QUARTILES = 4
-# Columns of the sums: per quartile of t the image count and the sums of mse and vb, then the whole batch's figures.
-_PER_QUARTILE = ("count", "mse", "vb")
+# Columns of the sums: per quartile of t the images, their importance weights and the weighted sums of mse and vb; then
+# the whole batch's figures.
+_PER_QUARTILE = ("count", "weight", "mse", "vb")
 _SCALARS = ("loss", "grad_norm", "steps")
 
 
@@ -47,16 +48,17 @@ class Meter:
     def _zeros(self) -> Tensor:
         return torch.zeros(self._size, dtype=torch.float64, device=self._processes.device)
 
-    def add_losses(self, t: Tensor, losses: Losses) -> None:
-        """Add one micro-batch; t and the losses are [B]."""
+    def add_losses(self, t: Tensor, weights: Tensor, losses: Losses) -> None:
+        """Add one micro-batch; t, the timestep sampler's weights and the losses are [B]."""
         quartile = (t * QUARTILES) // self._num_timesteps
         table = self._sums[: QUARTILES * len(_PER_QUARTILE)].view(QUARTILES, len(_PER_QUARTILE))
         absent = torch.zeros_like(losses.loss)
         rows = torch.stack(
             [
                 torch.ones_like(losses.loss),
-                absent if losses.mse is None else losses.mse.detach(),
-                absent if losses.vb is None else losses.vb.detach(),
+                weights,
+                absent if losses.mse is None else weights * losses.mse.detach(),
+                absent if losses.vb is None else weights * losses.vb.detach(),
             ],
             dim=1,
         ).double()  # fmt: skip  [B, 3]
@@ -109,13 +111,14 @@ class Meter:
 
 
 def _by_quartile(table: Tensor) -> dict[str, float]:
+    """Means as under uniform t, whatever the timestep sampler: within each quartile, and over all t."""
     values = {}
-    for column, kind in enumerate(_PER_QUARTILE[1:], start=1):
+    for column, kind in enumerate(_PER_QUARTILE[2:], start=2):
         if not table[:, column].any():
             continue  # the objective has no such term
         for quartile in range(QUARTILES):
             if table[quartile, 0] > 0:
-                values[f"train/{kind}_q{quartile}"] = float(table[quartile, column] / table[quartile, 0])
+                values[f"train/{kind}_q{quartile}"] = float(table[quartile, column] / table[quartile, 1])
         values[f"train/{kind}"] = float(table[:, column].sum() / table[:, 0].sum())
     return values
 
