@@ -120,7 +120,7 @@ class Run:
         self.timesteps = make_timestep_sampler(config.diffusion, device)
         self.inputs = InputSource(config, dataset, processes)
         self.meter = Meter(config.diffusion.num_timesteps, self.flops_per_image, processes)
-        self.nimg, self.seconds_before = 0, 0.0
+        self.nimg, self.seconds_before, self.lr = 0, 0.0, 0.0
         if reader is not None:
             reader.restore(self.engine, self.ema.shadows)
             self.timesteps.load(reader.sampler_state())
@@ -164,7 +164,7 @@ class Run:
 
                 if self.nimg % plan.log_every == 0 or plan.saves(self.nimg) or stopping:
                     self.log(self.meter.close_interval(
-                        self.nimg, wait_seconds=steps.wait_seconds, lr=self.learning_rate(),
+                        self.nimg, wait_seconds=steps.wait_seconds, lr=self.lr,
                         warmed_up=self.timesteps.warmed_up_share(),
                     ))  # fmt: skip
                 stop.saving = stopping
@@ -177,6 +177,7 @@ class Run:
 
     def step(self, inputs: StepInputs) -> None:
         """One update from this process's share of a global batch."""
+        self.lr = self.learning_rate()
         drawn: list[Tensor] = []
         losses: list[Tensor] = []
         total = torch.zeros((), device=self.processes.device)
@@ -209,7 +210,7 @@ class Run:
         )  # fmt: skip
         loss = (losses.loss * weights).mean()
         self.engine.backward(loss)
-        self.engine.step(self.learning_rate())
+        self.engine.step(self.lr)
         self.meter.add_losses(t, weights, losses)
         return t, loss.detach(), losses.loss.detach()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -76,6 +77,8 @@ class RunFolder:
         Raises ConfigError naming each setting in which the folder's run differs.
         """
         self.path.mkdir(parents=True, exist_ok=True)
+        for unfinished in (*self.checkpoints.glob(".*.tmp"), *self.exports.glob(".*.tmp")):
+            shutil.rmtree(unfinished, ignore_errors=True)  # an earlier life was killed while it wrote
         stored = self.path / "config.yaml"
         if stored.exists():
             check_same_run(load_config(stored), config, self.path)

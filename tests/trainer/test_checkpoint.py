@@ -96,6 +96,7 @@ def test_resume_after_damage_ends_at_the_same_weights(finished_run: Path, run: P
 
 def test_an_export_lost_after_its_checkpoint_is_made_again(finished_run: Path, run: Path, tiny_config: Path) -> None:
     (run / "result.json").unlink()
+    (run / "checkpoints" / ".000000000056.tmp").mkdir()  # and one that an earlier life began
     shutil.rmtree(run / "exports" / "000000000048")
     run_ranks(["trainer/run.py", "--config", str(tiny_config), f"run.folder={run}"], 1)
     ours, theirs = (open_export(r / "exports" / "000000000048") for r in (run, finished_run))
