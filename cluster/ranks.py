@@ -10,7 +10,6 @@ import contextlib
 import fcntl
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -18,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.jobs import Status
+from trainer.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
 GRACE_SECONDS = 30.0  # from SIGTERM to SIGKILL; the trainer ends itself after 25
@@ -42,7 +42,7 @@ class Ranks:
         self._spec = spec
         wait_for_lock(spec.folder / "run.lock", _LOCK_SECONDS)
         self._log = spec.folder / "log.txt"
-        port = _free_port()
+        port = free_port()
         with open(self._log, "ab") as log:
             log.write(f"--- {time.strftime('%Y-%m-%d %H:%M:%S')} {spec.num_processes} process(es)\n".encode())
             log.flush()
@@ -145,10 +145,3 @@ def _error_line(output: str) -> str:
         return output[start + len("error: ") :].strip()
     lines = [line for line in output.splitlines() if line.strip()]
     return lines[-1].strip() if lines else ""
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -27,7 +27,6 @@ class Stream(IntEnum):
     FLIP = 2
     TIMESTEP = 3
     NOISE = 4
-    CLASS_DROPOUT = 5
     NLL_PLAN = 6
     NLL_NOISE = 7
     SAMPLE = 8

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import threading
 import time
 import traceback
@@ -18,6 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data_pipeline.errors import AgreedError, UserError, disk_message
+from trainer.ports import free_port
 
 GRACE_SECONDS = 25.0  # from a stop request to the end of the process, saved or not
 T = TypeVar("T")
@@ -124,14 +124,6 @@ def _init_process_group(device: torch.device) -> None:
 def _share_of_cores() -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
     return max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("WORLD_SIZE", "1"))))
-
-
-def free_port() -> int:
-    """A TCP port that was free on loopback a moment ago."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 class StopAgreement:

@@ -13,8 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
-from ranks import ROOT, free_port, run_ranks, start_ranks
+from ranks import ROOT, run_ranks, start_ranks
 
+from trainer.ports import free_port
 from trainer.tracking.records import read_train_records
 
 BIN = Path(sys.executable).parent
