@@ -19,7 +19,7 @@ from cluster.plan import eval_resources, evaluation_flops, trial_resources, tria
 from cluster.spec import StudyConfig
 from cluster.trials import Trial, trial_config
 from data_pipeline.errors import UserError
-from trainer.config import load_config, save_config
+from trainer.config import SamplingConfig, load_config, save_config
 from trainer.run_folder import check_same_run
 from trainer.tracking.records import EvalRecord, TrainRecord, segments
 
@@ -155,8 +155,8 @@ def requests(study: StudyConfig, trial: Trial, nimg: int) -> list[Any]:
     if distance is not None and (distance.points == "all" or nimg == trial.total_images):
         request = EvalRequest(
             data=folders[distance.split], metrics=("fd",), feature_net=distance.feature_net,
-            num_samples=distance.num_samples, num_reference=distance.num_reference, sampler=distance.sampler,
-            steps=distance.num_steps, **common,
+            num_samples=distance.num_samples, num_reference=distance.num_reference,
+            sampling=SamplingConfig(sampler=distance.sampler, respacing=distance.respacing, eta=distance.eta), **common,
         )  # fmt: skip
         found.append(request)
     return found

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from data_pipeline.errors import ConfigError
-from trainer.config import Section, merge, parse_overrides, read_tree, validate
+from trainer.config import SamplingConfig, Section, merge, parse_overrides, read_tree, validate
 
 
 class PowerRule(Section):
@@ -74,15 +74,13 @@ class NllConfig(Section):
     train_num_calls: int | None = Field(default=None, ge=128)  # on training images; default: num_calls
 
 
-class DistanceConfig(Section):
+class DistanceConfig(SamplingConfig):
     """The Fréchet distance in a feature net's space; with Inception it is the FID."""
 
     feature_net: str = "efflite0"
     split: Literal["test", "train"] = "test"  # the real images it is compared with
     num_samples: int = Field(ge=2)
     num_reference: int | None = Field(default=None, ge=2)  # real images; default: the whole split
-    sampler: Literal["ddim", "ancestral"] = "ddim"
-    num_steps: int = Field(default=50, ge=1)  # of the sampler
     points: Literal["last", "all"] = "last"  # at each trial's last point, or at all
 
 

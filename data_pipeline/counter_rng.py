@@ -31,12 +31,17 @@ class Stream(IntEnum):
     NLL_NOISE = 7
     SAMPLE = 8
     GENERATED = 9
+    CLASS_DROPOUT = 10
+    STRATUM = 11
 
 
-def generator(seed: int, stream: Stream, block: int) -> np.random.Generator:
-    """The generator of one block (an image number, a chunk, an epoch: the caller says) of a stream."""
+def generator(seed: int, stream: Stream, block: int, *, part: int = 0) -> np.random.Generator:
+    """The generator of one block (an image number, a chunk, an epoch: the caller says) of a stream.
+
+    A block may have independent parts.
+    """
     key = np.array([seed, stream], dtype=np.uint64)
-    counter = np.array([0, 0, block, 0], dtype=np.uint64)  # the low words count the draws within the block
+    counter = np.array([0, part, block, 0], dtype=np.uint64)  # the lowest word counts the draws
     return np.random.Generator(np.random.Philox(key=key, counter=counter))
 
 

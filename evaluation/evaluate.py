@@ -15,7 +15,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -34,9 +34,10 @@ from evaluation.features.reference import reference_stats, split_floor, stats_of
 from evaluation.frechet import frechet_distance
 from evaluation.nll import Mode, estimate_nll
 from evaluation.nll_plan import check_num_calls
+from trainer.config import SamplingConfig, validate
 from trainer.diffusion.gaussian import Denoiser, GaussianDiffusion
 from trainer.export import Export, Weights, open_export
-from trainer.grid import conditioned, sample_images
+from trainer.sampling import Stage, conditioned, sample
 from trainer.tracking.records import EvalRecord
 
 METRICS = ("nll", "fd")
@@ -56,8 +57,7 @@ class EvalRequest:
     num_images: int = 4  # images of an exact one
     num_samples: int = 2048  # for the Fréchet distance
     num_reference: int | None = None  # real images it is compared with; default: the whole split
-    sampler: str = "ddim"
-    steps: int = 50
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
     feature_net: str = "efflite0"
     num_threads: int | None = None
 
@@ -75,7 +75,7 @@ class EvalRequest:
             raise UserError(f"unknown metric {', '.join(unknown) or '(none)'}; known: {', '.join(METRICS)}.")
         if "nll" in self.metrics and self.nll_mode == "importance":
             check_num_calls(self.num_calls)
-        for name, least in (("num_images", 1), ("steps", 1), ("seed", 0)):
+        for name, least in (("num_images", 1), ("seed", 0)):
             if getattr(self, name) < least:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} is too small; use {least} or more.")
         if "fd" in self.metrics and self.num_samples < 2:
@@ -150,8 +150,7 @@ def _fd(
         "feature_net": net.name,
         "feature_weights_sha256": net.weights_sha256,
         "resize": net.resize,
-        "sampler": request.sampler,
-        "steps": request.steps,
+        **request.sampling.model_dump(),
         "num_reference": reference.num,
     }
     return _record(
@@ -170,14 +169,12 @@ def _floor(dataset: ShardDataset, net: FeatureNet, request: EvalRequest, cache: 
 def _sample_batches(
     export: Export, network: torch.nn.Module, request: EvalRequest, device: torch.device, progress: bool
 ) -> Iterator[torch.Tensor]:
-    calls = request.num_samples * request.steps
+    stage = Stage(network, export.config, request.sampling)
+    calls = request.num_samples * stage.num_calls
     with progress_bar(total=calls, unit="call", description="samples", disable=not progress) as bar:
         for start in range(0, request.num_samples, SAMPLE_BATCH):
             seeds = range(start, min(start + SAMPLE_BATCH, request.num_samples))
-            yield sample_images(
-                network, export.config, seeds, num_steps=request.steps, sampler=request.sampler, seed=request.seed,
-                device=device, progress=partial(bar.update, len(seeds)),
-            )  # fmt: skip
+            yield sample(stage, seeds, seed=request.seed, device=device, progress=partial(bar.update, len(seeds)))
 
 
 def _record(
@@ -244,16 +241,19 @@ def main() -> int:
     parser.add_argument("--num-samples", type=int, default=2048, help="samples for the Fréchet distance")
     parser.add_argument("--num-reference", type=int, help="real images to compare with (default: the whole split)")
     parser.add_argument("--sampler", choices=("ddim", "ancestral"), default="ddim")
-    parser.add_argument("--steps", type=int, default=50, help="sampling steps")
+    parser.add_argument("--respacing", default="50", help="sampling steps: 50, 10,15,20, ddim50 or quadratic50")
+    parser.add_argument("--eta", type=float, default=0.0, help="noise of ddim")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--num-threads", type=int, help="CPU threads")
     parser.add_argument("--out", type=Path, help="file for the records (default: beside the run)")
     parser.add_argument("--no-mlflow", action="store_true", help="do not send the records to MLflow")
     a = parser.parse_args()
+    how = {"sampler": a.sampler, "respacing": a.respacing, "eta": a.eta}
+    sampling = validate(SamplingConfig, how, source="arguments")
     request = EvalRequest(
         data=a.data, metrics=tuple(m for m in a.metrics.split(",") if m), weights=a.weights, seed=a.seed,
         nll_mode=a.mode, num_calls=a.num_calls, num_images=a.num_images, num_samples=a.num_samples,
-        num_reference=a.num_reference, sampler=a.sampler, steps=a.steps, num_threads=a.num_threads,
+        num_reference=a.num_reference, sampling=sampling, num_threads=a.num_threads,
     )  # fmt: skip
     request.check()
     open_export(a.export)

@@ -10,15 +10,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.files import write_atomic
+from trainer.diffusion.respacing import space_timesteps
 
 
 class Section(BaseModel):
@@ -46,6 +47,7 @@ class ModelConfig(Section):
     num_heads: int = Field(4, ge=1)
     dropout: float = Field(0.0, ge=0.0, lt=1.0)
     num_classes: int = Field(0, ge=0)  # 0: unconditional
+    null_class: bool = False  # one class more, "none": what label -1 means, and dropped labels become
     use_scale_shift_norm: bool = True  # time enters as GroupNorm(h) * (1 + scale) + shift
     low_res_size: int = Field(0, ge=0)  # > 0: super-resolution net, conditioned on images of this size
 
@@ -76,31 +78,57 @@ class ModelConfig(Section):
             raise ValueError(
                 f"model.low_res_size={self.low_res_size} must divide model.image_size={self.image_size} and be smaller"
             )
+        if self.null_class and not self.num_classes:
+            raise ValueError("model.null_class=true needs classes; set model.num_classes, or model.null_class=false")
         return self
+
+
+# What a network can predict, and what L_simple can be the squared error of.
+Quantity = Literal["eps", "x0", "v", "previous_mean"]
+# L_hybrid's weight by the names of the reference code's two conventions (`rescale_learned_sigmas` on and off).
+VLB_WEIGHTS = ("rescaled", "unrescaled")
 
 
 class DiffusionConfig(Section):
     num_timesteps: int = Field(4000, ge=2)  # T
     schedule: Literal["linear", "cosine"] = "cosine"
+    prediction: Quantity = "eps"  # what the network's output means (trainer/diffusion/predictions.py)
+    variance: Literal["learned_range", "learned", "fixed_small", "fixed_large"] = "learned_range"
     objective: Literal["simple", "hybrid", "vlb"] = "hybrid"
-    variance: Literal["learned_range", "fixed_small", "fixed_large"] = "learned_range"
-    # L_hybrid = L_simple + vlb_weight * L_vlb. The reference with its rescaling flags uses 0.001, without them 1/T.
-    vlb_weight: float = Field(0.001, gt=0)
-    timestep_sampler: Literal["uniform", "loss_second_moment"] = "uniform"
+    mse_target: Quantity | None = None  # L_simple is its squared error; default: what the network predicts
+    # L_hybrid = L_simple + weight * L_vlb [bits/dim]. rescaled: 1/1000; unrescaled: 1/T; or a number.
+    vlb_weight: Literal["rescaled", "unrescaled"] | Annotated[float, Field(gt=0)] = "rescaled"
+    timestep_sampler: Literal["uniform", "stratified", "loss_second_moment"] = "uniform"
     rescale_timesteps: bool = True  # the network sees t * 1000 / T
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether the network has a second output, for the variance."""
+        return self.variance in ("learned_range", "learned")
+
+    @property
+    def vlb_factor(self) -> float:
+        """The weight of L_vlb in L_hybrid, as a number."""
+        if self.vlb_weight == "rescaled":
+            return 1 / 1000
+        return 1 / self.num_timesteps if self.vlb_weight == "unrescaled" else float(self.vlb_weight)
 
     @model_validator(mode="after")
     def _objective_fits(self) -> DiffusionConfig:
-        learned = self.variance == "learned_range"
-        if self.objective == "hybrid" and not learned:
+        if self.objective == "hybrid" and not self.learns_variance:
             raise ValueError(
                 f"diffusion.objective=hybrid learns the variance, but diffusion.variance={self.variance}; "
-                "use variance=learned_range, or objective=simple"
+                "use variance=learned_range or learned, or objective=simple"
             )
-        if self.objective == "simple" and learned:
+        if self.objective == "simple" and self.learns_variance:
             raise ValueError(
-                "diffusion.objective=simple gives a learned variance no gradient; "
+                f"diffusion.objective=simple gives diffusion.variance={self.variance} no gradient; "
                 "use diffusion.variance=fixed_small or fixed_large, or objective=hybrid"
+            )
+        if self.objective == "vlb" and self.mse_target is not None:
+            raise ValueError(
+                f"diffusion.mse_target={self.mse_target} has no part in diffusion.objective=vlb; "
+                "leave it out, or use objective=simple or hybrid"
             )
         if self.schedule == "linear" and self.num_timesteps <= 20:
             raise ValueError(
@@ -110,12 +138,25 @@ class DiffusionConfig(Section):
         return self
 
 
-class SampleGridConfig(Section):
+class SamplingConfig(Section):
+    """How a network is sampled from."""
+
+    sampler: Literal["ancestral", "ddim"] = "ddim"
+    # Steps of the process that are visited: "100", "10,15,20", "ddim50" (by a fixed stride) or "quadratic50".
+    respacing: Annotated[str, BeforeValidator(str)] = "50"
+    eta: float = Field(0.0, ge=0, le=1)  # noise of ddim; 0: none
+
+    @model_validator(mode="after")
+    def _eta_is_heard(self) -> SamplingConfig:
+        if self.eta and self.sampler != "ddim":
+            raise ValueError(f"eta={self.eta} is for sampler=ddim, but sampler={self.sampler}; leave it out")
+        return self
+
+
+class SampleGridConfig(SamplingConfig):
     """A PNG of samples beside every export."""
 
     num_images: int = Field(0, ge=0)  # 0: none
-    num_steps: int = Field(50, ge=1)
-    sampler: Literal["ancestral", "ddim"] = "ddim"
 
 
 class TrainConfig(Section):
@@ -125,6 +166,7 @@ class TrainConfig(Section):
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = Field(0.0, ge=0)
     warmup_images: int = Field(0, ge=0)  # the learning rate rises linearly over these
+    class_dropout: float = Field(0.0, ge=0, lt=1)  # share of the labels replaced by the null class
     grad_clip: float = Field(0.0, ge=0)  # largest global gradient norm; 0: no clipping
     ema_decay: float = Field(0.9999, ge=0, lt=1)  # a step; the start uses min(ema_decay, (1 + step) / (10 + step))
     budget_images: int | None = Field(None, ge=1)  # stop after these many images ...
@@ -152,6 +194,7 @@ class EngineConfig(Section):
 
     zero_stage: Literal[0, 1, 2, 3] = 1
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast, parameters and optimizer stay float32
+    activation_checkpointing: bool = False  # less memory for one forward pass more: blocks are computed again backward
     num_cpu_threads: int | None = Field(None, ge=1)  # threads a process on the CPU; default: cores / processes
 
 
@@ -178,6 +221,25 @@ class RunConfig(Section):
     train: TrainConfig
     engine: EngineConfig = EngineConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="after")
+    def _samples_can_be_made(self) -> RunConfig:
+        grid = self.train.sample_grid
+        if grid.num_images:
+            try:
+                space_timesteps(self.diffusion.num_timesteps, grid.respacing)
+            except ConfigError as error:
+                raise ValueError(f"train.sample_grid.{error}") from None
+        return self
+
+    @model_validator(mode="after")
+    def _dropped_labels_have_a_class(self) -> RunConfig:
+        if self.train.class_dropout and not self.model.null_class:
+            raise ValueError(
+                f"train.class_dropout={self.train.class_dropout} needs a class for dropped labels; "
+                "set model.null_class=true, or train.class_dropout=0"
+            )
+        return self
 
 
 SectionT = TypeVar("SectionT", bound=Section)

@@ -7,51 +7,7 @@ from pathlib import Path
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
-
-from trainer.config import RunConfig
-from trainer.diffusion.gaussian import Denoiser, GaussianDiffusion
-from trainer.diffusion.samplers import SAMPLERS, Progress, SampleNoise, to_uint8
-from trainer.diffusion.schedules import strided_steps
-from trainer.models import IMAGE_CHANNELS
-
-
-def conditioned(network: nn.Module, labels: Tensor | None = None, low_res: Tensor | None = None) -> Denoiser:
-    """The network as a function of (x_t, time) alone."""
-
-    def denoise(x: Tensor, time: Tensor) -> Tensor:
-        output: Tensor = network(x, time, labels, low_res)
-        return output
-
-    return denoise
-
-
-def sample_images(
-    network: nn.Module,
-    config: RunConfig,
-    seeds: range,
-    *,
-    num_steps: int,
-    sampler: str,
-    low_res: Tensor | None = None,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-    progress: Progress = lambda: None,
-) -> Tensor:
-    """Samples number seeds[0], seeds[1], ... as uint8 [n, C, H, W]; class-conditional nets cycle through the classes.
-
-    `low_res` [n, C, h, w] in [-1, 1]: what a super-resolution network is to enlarge.
-    """
-    steps = strided_steps(config.diffusion.num_timesteps, min(num_steps, config.diffusion.num_timesteps))
-    diffusion = GaussianDiffusion.create(config.diffusion, device, steps)
-    size = config.model.image_size
-    noise = SampleNoise(seeds, (IMAGE_CHANNELS, size, size), seed=seed, device=str(device))
-    labels = None
-    if config.model.num_classes:
-        labels = torch.tensor([s % config.model.num_classes for s in seeds], device=device)
-    denoiser = conditioned(network, labels, low_res)
-    images: Tensor = SAMPLERS[sampler](denoiser, noise, diffusion, progress=progress)
-    return to_uint8(images).cpu()
+from torch import Tensor
 
 
 def save_grid(images: Tensor, path: Path) -> None:

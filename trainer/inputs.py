@@ -10,10 +10,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from data_pipeline.counter_rng import Stream, normal, uniform
+from data_pipeline.counter_rng import Stream, generator, normal, uniform
 from data_pipeline.dataset import ShardDataset
 from data_pipeline.errors import ConfigError
 from data_pipeline.prefetch import Prefetcher
@@ -21,13 +23,15 @@ from data_pipeline.stream import TrainStream
 from trainer.config import RunConfig
 from trainer.processes import Processes
 
+NO_LABEL = -1
+
 
 @dataclass(frozen=True)
 class StepInputs:
     """One process's share of a global batch, b images, on the host."""
 
     images: Tensor  # [b, C, H, W] uint8
-    labels: Tensor  # [b] int64, -1 where unlabelled
+    labels: Tensor  # [b] int64, -1 where unlabelled or dropped
     u: Tensor  # [b] float64 in [0, 1): decides the timestep
     noise: Tensor  # [b, C, H, W] float32
 
@@ -48,10 +52,13 @@ class InputSource:
 
     def __init__(self, config: RunConfig, dataset: ShardDataset, processes: Processes) -> None:
         self._seed = config.seed
-        self._share = config.train.global_batch // processes.world_size
+        self._global_batch = config.train.global_batch
+        self._share = self._global_batch // processes.world_size
         self._offset = processes.rank * self._share
         self._pin = processes.device.type == "cuda"
         self._prefetch = config.data.prefetch
+        self._class_dropout = config.train.class_dropout
+        self._stratified = config.diffusion.timestep_sampler == "stratified"
         self._stream = TrainStream(
             dataset, seed=config.seed, random_flip=config.data.random_flip, num_threads=config.data.num_threads
         )
@@ -62,12 +69,28 @@ class InputSource:
         batch = self._stream.batch(start, self._share)
         arrays = (
             batch.images,
-            batch.labels,
-            uniform(self._seed, Stream.TIMESTEP, start, self._share),
+            self._drop_labels(batch.labels, start),
+            self._timestep_numbers(nimg),
             normal(self._seed, Stream.NOISE, start, self._share, batch.images.shape[1:]),
         )
         tensors = [torch.from_numpy(array) for array in arrays]
         return StepInputs(*(t.pin_memory() if self._pin else t for t in tensors))
+
+    def _drop_labels(self, labels: NDArray[np.int64], start: int) -> NDArray[np.int64]:
+        """Labels [b] of the images start, ..., a share of them replaced by "none"."""
+        if not self._class_dropout:
+            return labels
+        dropped = uniform(self._seed, Stream.CLASS_DROPOUT, start, len(labels)) < self._class_dropout
+        return np.where(dropped, NO_LABEL, labels)
+
+    def _timestep_numbers(self, nimg: int) -> NDArray[np.float64]:
+        """The numbers in [0, 1) that decide this process's timesteps: [b]."""
+        u = uniform(self._seed, Stream.TIMESTEP, nimg + self._offset, self._share)
+        if not self._stratified:
+            return u
+        # Each image of the global batch has one of its equal parts of [0, 1), in an order drawn anew every step.
+        strata = generator(self._seed, Stream.STRATUM, nimg).permutation(self._global_batch)
+        return (strata[self._offset : self._offset + self._share] + u) / self._global_batch
 
     def steps(self, first: int, last: int, step: int) -> Prefetcher[StepInputs]:
         """Inputs of the steps that begin at first, first + step, ... below last, made ahead."""

@@ -29,12 +29,13 @@ from trainer.diffusion.timesteps import make_timestep_sampler
 from trainer.ema import ShardedEma
 from trainer.engine import Engine, split_batch
 from trainer.export import open_export, write_export
-from trainer.grid import sample_images, save_grid
+from trainer.grid import save_grid
 from trainer.inputs import InputSource, StepInputs, open_dataset
 from trainer.meter import Meter, is_finite
 from trainer.models import ModelCost, build_model, count
 from trainer.processes import Processes, StopAgreement, StopRequest
 from trainer.run_folder import RunFolder
+from trainer.sampling import Stage, sample
 from trainer.tracking.follow import SyncProcess
 from trainer.tracking.records import RecordWriter, TrainRecord
 
@@ -289,8 +290,8 @@ class Run:
         grid, picture = self.config.train.sample_grid, self.folder.samples / f"{export.name}.png"
         if grid.num_images and not picture.exists():
             network = open_export(export).network("ema").to(self.processes.device)
-            images = sample_images(
-                network, self.config, range(grid.num_images), num_steps=grid.num_steps, sampler=grid.sampler,
+            images = sample(
+                Stage(network, self.config, grid), range(grid.num_images),
                 low_res=self._low_res_examples(grid.num_images), device=self.processes.device,
             )  # fmt: skip
             save_grid(images, picture)

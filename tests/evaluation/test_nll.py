@@ -179,7 +179,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 def test_the_command_prints_records_of_both_metrics(export: Path, generated_data: Path, tmp_path: Path) -> None:
     done = command(
         str(export), "--data", str(generated_data / "test"), "--metrics", "nll,fd", "--num-calls", "256",
-        "--num-samples", "16", "--steps", "3", "--out", str(tmp_path / "records.json"),
+        "--num-samples", "16", "--respacing", "3", "--out", str(tmp_path / "records.json"),
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     nll, distance = json.loads(done.stdout)

@@ -31,7 +31,7 @@ def test_plain_python_trains_and_logs(tiny_config: Path, tmp_path: Path) -> None
     folder = tmp_path / "run"
     done = run(
         sys.executable, "trainer/run.py", "--config", str(tiny_config), f"run.folder={folder}",
-        "train.sample_grid.num_images=4", "train.sample_grid.num_steps=3",
+        "train.sample_grid.num_images=4", "train.sample_grid.respacing=3",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     records = list(read_train_records(folder))
@@ -43,7 +43,7 @@ def test_plain_python_trains_and_logs(tiny_config: Path, tmp_path: Path) -> None
     assert records[-1].compute == pytest.approx(48 * json.loads((folder / "run.json").read_text())["flops_per_image"])
     assert (folder / "samples" / "000000000048.png").exists()
     again = run(sys.executable, "trainer/run.py", "--config", str(tiny_config), f"run.folder={folder}",
-                "train.sample_grid.num_images=4", "train.sample_grid.num_steps=3")  # fmt: skip
+                "train.sample_grid.num_images=4", "train.sample_grid.respacing=3")  # fmt: skip
     assert again.returncode == 0
     assert "finished already" in again.stdout
 

@@ -1,31 +1,28 @@
 """The Gaussian diffusion process: noising, posteriors, what a network's output means, and the terms of the bound.
 
-Images are [B, C, H, W] in [-1, 1]; t is [B] int64 in 0 .. T-1. Everything here computes in float32, whatever
-precision the network runs in.
+Images are [B, C, H, W] in [-1, 1], float32 (or float64, which everything here then keeps); t is [B] int64 in
+0 .. T-1. The network may run in whatever precision: its output is read in the images'.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from trainer.config import DiffusionConfig
+from trainer.config import DiffusionConfig, Quantity
+from trainer.diffusion.likelihoods import discretized_log_likelihood, mean_bits, normal_kl
 from trainer.diffusion.schedules import Schedule, make_schedule
 
 # A denoiser: (x_t [B, C, H, W], network time [B]) -> the network's output [B, C or 2C, H, W].
 Denoiser = Callable[[Tensor, Tensor], Tensor]
 
-HALF_BIN = 1.0 / 255.0  # images are k / 127.5 - 1, k = 0 .. 255: bins of width 2 / 255
-LAST_BIN = 0.999  # beyond ±0.999 lie only the outermost bins, which are open-ended
-
 
 @dataclass(frozen=True)
 class Prediction:
-    """p(x_{t-1} | x_t) = N(mean, exp(log_variance)) and the x_0 it implies, each [B, C, H, W]."""
+    """p(x_{t-1} | x_t) = N(mean, exp(log_variance)), and the x_0 and eps it implies, each [B, C, H, W]."""
 
     mean: Tensor
     log_variance: Tensor
@@ -38,16 +35,17 @@ class GaussianDiffusion:
     """One process: its tables and how the network's output is to be read."""
 
     schedule: Schedule
-    variance: str  # "learned_range", "fixed_small" or "fixed_large"
+    prediction: Quantity
+    variance: str  # "learned_range", "learned", "fixed_small" or "fixed_large"
     rescale_timesteps: bool
 
     @classmethod
     def create(
-        cls, config: DiffusionConfig, device: torch.device | str = "cpu", steps: tuple[int, ...] | None = None
+        cls, config: DiffusionConfig, device: torch.device | str = "cpu", respacing: str | None = None
     ) -> GaussianDiffusion:
-        """The process of a config; `steps` picks a shorter one (see `make_schedule`)."""
-        schedule = make_schedule(config.schedule, config.num_timesteps, str(device), steps)
-        return cls(schedule, config.variance, config.rescale_timesteps)
+        """The process of a config; `respacing` picks a shorter one (see `space_timesteps`)."""
+        schedule = make_schedule(config.schedule, config.num_timesteps, str(device), respacing)
+        return cls(schedule, config.prediction, config.variance, config.rescale_timesteps)
 
     @property
     def num_timesteps(self) -> int:
@@ -58,97 +56,108 @@ class GaussianDiffusion:
         original = self.schedule.timestep_map[t].float()
         return original * (1000.0 / self.schedule.num_original) if self.rescale_timesteps else original
 
+    # ---- the forward process --------------------------------------------------------------------------------------
+
+    def signal_and_noise(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """(alpha, sigma), each [B, 1, 1, 1], such that x_t = alpha * x_0 + sigma * eps."""
+        s = self.schedule
+        return s.gather(s.sqrt_alphas_cumprod, t, like), s.gather(s.sqrt_one_minus_alphas_cumprod, t, like)
+
     def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
         """x_t ~ q(x_t | x_0) for given standard normal noise (Ho et al. 2020, eq. 4)."""
-        s = self.schedule
-        return s.gather(s.sqrt_alphas_cumprod, t) * x0 + s.gather(s.sqrt_one_minus_alphas_cumprod, t) * noise
+        alpha, sigma = self.signal_and_noise(t, x0)
+        return alpha * x0 + sigma * noise
 
     def q_posterior(self, x0: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
         """Mean [B, C, H, W] and log variance [B, 1, 1, 1] of q(x_{t-1} | x_t, x_0) (Ho et al. 2020, eq. 7)."""
         s = self.schedule
-        mean = s.gather(s.posterior_mean_x0, t) * x0 + s.gather(s.posterior_mean_xt, t) * x_t
-        return mean, s.gather(s.posterior_log_variance, t)
+        mean = s.gather(s.posterior_mean_x0, t, x_t) * x0 + s.gather(s.posterior_mean_xt, t, x_t) * x_t
+        return mean, s.gather(s.posterior_log_variance, t, x_t)
 
-    def x0_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
-        s = self.schedule
-        return (x_t - s.gather(s.sqrt_one_minus_alphas_cumprod, t) * eps) / s.gather(s.sqrt_alphas_cumprod, t)
+    # ---- what a network may predict -------------------------------------------------------------------------------
 
-    def eps_from_x0(self, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
-        s = self.schedule
-        return (x_t - s.gather(s.sqrt_alphas_cumprod, t) * x0) / s.gather(s.sqrt_one_minus_alphas_cumprod, t)
+    def x0_and_eps(self, kind: Quantity, value: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The x_0 and eps that a quantity implies at x_t, each by the form that loses the fewest digits.
+
+        v = alpha * eps - sigma * x_0 is that of Salimans & Ho 2022 (appendix D).
+        """
+        alpha, sigma = self.signal_and_noise(t, x_t)
+        if kind == "eps":
+            return (x_t - sigma * value) / alpha, value
+        if kind == "v":
+            return alpha * x_t - sigma * value, sigma * x_t + alpha * value
+        x0 = value
+        if kind == "previous_mean":
+            s = self.schedule
+            x0 = (value - s.gather(s.posterior_mean_xt, t, x_t) * x_t) / s.gather(s.posterior_mean_x0, t, x_t)
+        return x0, (x_t - alpha * x0) / sigma
+
+    def quantity(self, kind: Quantity, x0: Tensor, eps: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """The inverse of `x0_and_eps`: the quantity that x_0 and eps imply at x_t."""
+        if kind == "eps":
+            return eps
+        if kind == "x0":
+            return x0
+        if kind == "previous_mean":
+            return self.q_posterior(x0, x_t, t)[0]
+        alpha, sigma = self.signal_and_noise(t, x_t)
+        return alpha * eps - sigma * x0
 
     def predict(self, output: Tensor, x_t: Tensor, t: Tensor, *, clip: bool) -> Prediction:
-        """Read the network's output: the noise, and with a learned variance its interpolation v, side by side.
+        """Read the network's output: the predicted quantity and, where learned, the variance, side by side.
 
-        `clip` bounds the implied x_0 to [-1, 1] (evaluation and sampling; training uses the bare mean).
+        `clip` bounds the implied x_0 to [-1, 1] (evaluation and sampling; training uses the bare one), and with it
+        eps and the mean. A mean that the network itself predicts stays as it is.
         """
-        eps, log_variance = self._split(output, x_t, t)
-        x0 = self.x0_from_eps(x_t, t, eps)
+        learned = self.variance in ("learned_range", "learned")
+        value, raw_variance = output.chunk(2, dim=1) if learned else (output, None)
+        x0, eps = self.x0_and_eps(self.prediction, value, x_t, t)
         if clip:
             x0 = x0.clamp(-1, 1)
-            eps = self.eps_from_x0(x_t, t, x0)
-        mean, _ = self.q_posterior(x0, x_t, t)
-        return Prediction(mean, log_variance, x0, eps)
+            eps = self.x0_and_eps("x0", x0, x_t, t)[1]
+        mean = value if self.prediction == "previous_mean" else self.q_posterior(x0, x_t, t)[0]
+        return Prediction(mean, self._log_variance(raw_variance, x_t, t), x0, eps)
 
-    def _split(self, output: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    def _log_variance(self, raw: Tensor | None, x_t: Tensor, t: Tensor) -> Tensor:
+        """Log variance of p(x_{t-1} | x_t): [B, C, H, W]; `raw` is the network's second output, if it has one."""
         s = self.schedule
-        smallest, largest = s.gather(s.posterior_log_variance, t), s.gather(s.log_betas, t)
-        if self.variance == "learned_range":
-            eps, v = output.chunk(2, dim=1)
-            fraction = (v + 1) / 2  # the network speaks in [-1, 1] (Nichol & Dhariwal 2021, eq. 15)
-            return eps, torch.lerp(smallest.expand_as(v), largest.expand_as(v), fraction)
+        smallest, largest = s.gather(s.posterior_log_variance, t, x_t), s.gather(s.log_betas, t, x_t)
+        if raw is not None and self.variance == "learned":
+            return raw
+        if raw is not None:
+            fraction = (raw + 1) / 2  # the network speaks in [-1, 1] (Nichol & Dhariwal 2021, eq. 15)
+            return torch.lerp(smallest, largest, fraction)
         if self.variance == "fixed_small":
-            return output, smallest.expand_as(x_t)
-        # beta, with the first step's replaced by the posterior's: the reference's choice for a better decoder
-        first = (t == 0)[:, None, None, None]
-        return output, torch.where(first, smallest, largest).expand_as(x_t)
+            return smallest.expand_as(x_t)
+        # beta, with the first step's replaced by the posterior's: the published choice, for a better decoder
+        return s.gather(s.fixed_large_log_variance, t, x_t).expand_as(x_t)
+
+    # ---- the bound ------------------------------------------------------------------------------------------------
+
+    def kl_bits(self, prediction: Prediction, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """L_{t-1} = KL(q(x_{t-1} | x_t, x_0) || p(x_{t-1} | x_t)) of each image, in bits/dim: [B]."""
+        true_mean, true_log_variance = self.q_posterior(x0, x_t, t)
+        return mean_bits(normal_kl(true_mean, true_log_variance, prediction.mean, prediction.log_variance))
+
+    def decoder_bits(self, prediction: Prediction, x0: Tensor) -> Tensor:
+        """L_0 = -log p(x_0 | x_1) of each image, in bits/dim: [B]; of a prediction made at t = 0."""
+        return -mean_bits(discretized_log_likelihood(x0, prediction.mean, 0.5 * prediction.log_variance))
+
+    def prior_bits(self, x0: Tensor) -> Tensor:
+        """L_T = KL(q(x_T | x_0) || N(0, I)) of each image, in bits/dim: [B]. No network can change it."""
+        s = self.schedule
+        last = torch.full((len(x0),), self.num_timesteps - 1, device=x0.device)
+        mean = s.gather(s.sqrt_alphas_cumprod, last, x0) * x0
+        log_variance = s.gather(torch.log1p(-s.alphas_cumprod), last, x0)
+        return mean_bits(normal_kl(mean, log_variance, torch.zeros_like(mean), torch.zeros_like(log_variance)))
 
     def vb_terms(self, prediction: Prediction, x0: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
-        """The bound's term of each image at its t, in bits/dim: [B].
+        """The bound's term of each image at its t, in bits/dim: [B]. The decoder's for t = 0, else the KL.
 
-        KL(q(x_{t-1} | x_t, x_0) || p) for t > 0 and the decoder's -log p(x_0 | x_1) for t = 0
-        (Ho et al. 2020, eq. 5); their sum over all t, plus the prior term, is L_vlb.
+        Their sum over all t, plus the prior's term, is L_vlb (Ho et al. 2020, eq. 5).
         """
-        true_mean, true_log_variance = self.q_posterior(x0, x_t, t)
-        kl = mean_bits(normal_kl(true_mean, true_log_variance, prediction.mean, prediction.log_variance))
+        kl = self.kl_bits(prediction, x0, x_t, t)
         first = t == 0
         if not first.is_cuda and not first.any():
             return kl  # the costly decoder term is not asked for; on a GPU, finding out would mean waiting
-        decoder = -mean_bits(discretized_log_likelihood(x0, prediction.mean, 0.5 * prediction.log_variance))
-        return torch.where(first, decoder, kl)
-
-    def prior_bits(self, x0: Tensor) -> Tensor:
-        """L_T: KL(q(x_T | x_0) || N(0, I)) in bits/dim: [B]. No network can change it."""
-        s = self.schedule
-        last = torch.full((len(x0),), self.num_timesteps - 1, device=x0.device)
-        mean = s.gather(s.sqrt_alphas_cumprod, last) * x0
-        log_variance = torch.log1p(-s.alphas_cumprod[last]).float()[:, None, None, None]
-        return mean_bits(normal_kl(mean, log_variance, torch.zeros_like(mean), torch.zeros_like(log_variance)))
-
-
-def normal_kl(mean1: Tensor, log_variance1: Tensor, mean2: Tensor, log_variance2: Tensor) -> Tensor:
-    """KL(N(mean1, var1) || N(mean2, var2)) elementwise, in nats."""
-    difference = log_variance1 - log_variance2
-    return 0.5 * (torch.exp(difference) - 1 - difference + (mean1 - mean2) ** 2 * torch.exp(-log_variance2))
-
-
-def discretized_log_likelihood(x: Tensor, mean: Tensor, log_scale: Tensor) -> Tensor:
-    """Exact log of a Gaussian's mass in the 8-bit bin around x, elementwise, in nats (Ho et al. 2020, eq. 13).
-
-    By symmetry the bin is mirrored to the lower tail, where log Φ keeps full relative precision; the difference
-    of the two CDFs is then taken in log space, so that no bin's mass is clamped or cancels.
-    """
-    inverse_scale = torch.exp(-log_scale)
-    centered = x - mean
-    folded = -centered.abs()
-    upper = torch.special.log_ndtr((folded + HALF_BIN) * inverse_scale)
-    lower = torch.special.log_ndtr((folded - HALF_BIN) * inverse_scale)
-    inner = upper + torch.log(-torch.expm1(lower - upper))
-    left = torch.special.log_ndtr((centered + HALF_BIN) * inverse_scale)  # everything below the first bin's top
-    right = torch.special.log_ndtr(-(centered - HALF_BIN) * inverse_scale)
-    return torch.where(x < -LAST_BIN, left, torch.where(x > LAST_BIN, right, inner))
-
-
-def mean_bits(nats: Tensor) -> Tensor:
-    """Mean over an image's dimensions, in bits: [B, C, H, W] -> [B]."""
-    return nats.mean(dim=(1, 2, 3)) / math.log(2.0)
+        return torch.where(first, self.decoder_bits(prediction, x0), kl)

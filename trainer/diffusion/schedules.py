@@ -1,7 +1,7 @@
 """Noise schedules and the tables that follow from one.
 
 Tables are built and kept in float64: 1 - alphas_cumprod starts near 1e-5 and cumulative products over thousands of
-steps lose their low digits in float32. Values are cast to float32 only when gathered for a batch.
+steps lose their low digits in float32. Values are cast to the images' type only when gathered for a batch.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from data_pipeline.errors import ConfigError
+from trainer.diffusion.respacing import space_timesteps
 
 MAX_BETA = 0.999  # keeps the last step of the cosine schedule from being singular
 
@@ -59,6 +60,7 @@ class Schedule:
     sqrt_alphas_cumprod: Tensor
     sqrt_one_minus_alphas_cumprod: Tensor
     log_betas: Tensor
+    fixed_large_log_variance: Tensor  # log beta, the first step's being posterior_log_variance's
     posterior_mean_x0: Tensor  # q(x_{t-1} | x_t, x_0) has mean posterior_mean_x0 * x_0 + posterior_mean_xt * x_t
     posterior_mean_xt: Tensor  # (Ho et al. 2020, eq. 7)
     posterior_log_variance: Tensor  # log beta-tilde; the first step's (zero variance) is the second's
@@ -68,23 +70,24 @@ class Schedule:
         return len(self.betas)
 
     @staticmethod
-    def gather(table: Tensor, t: Tensor) -> Tensor:
-        """table[t] as float32, shaped to multiply images: [B] -> [B, 1, 1, 1]."""
-        return table[t].float()[:, None, None, None]
+    def gather(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
+        """table[t] in the type of `like` and shaped to multiply it: [B] -> [B, 1, 1, 1]."""
+        return table[t].to(like.dtype).view(-1, *[1] * (like.ndim - 1))
 
 
 @lru_cache(maxsize=32)
-def make_schedule(name: str, num_timesteps: int, device: str = "cpu", steps: tuple[int, ...] | None = None) -> Schedule:
-    """The named schedule of T steps; with `steps`, the shorter process that visits only those (eq. 19).
+def make_schedule(name: str, num_timesteps: int, device: str = "cpu", respacing: str | None = None) -> Schedule:
+    """The named schedule of T steps; with `respacing`, the shorter process that visits only some of them (eq. 19).
 
-    Cached, so that tables are built and uploaded once per device.
+    Cached, so that tables are built and uploaded once per device. Raises ConfigError where the schedule or the
+    respacing does not fit T.
     """
     betas = BETAS[name](num_timesteps)
     timestep_map = np.arange(num_timesteps)
-    if steps is not None:
-        alphas_cumprod = np.cumprod(1 - betas)[list(steps)]
+    if respacing is not None:
+        timestep_map = np.array(space_timesteps(num_timesteps, respacing))
+        alphas_cumprod = np.cumprod(1 - betas)[timestep_map]
         betas = 1 - alphas_cumprod / np.concatenate([[1.0], alphas_cumprod[:-1]])
-        timestep_map = np.array(steps)
     return _tables(betas, timestep_map, num_timesteps, device)
 
 
@@ -110,21 +113,8 @@ def _tables(betas: NDArray[np.float64], timestep_map: NDArray[np.int64], num_ori
         sqrt_alphas_cumprod=table(np.sqrt(alphas_cumprod)),
         sqrt_one_minus_alphas_cumprod=table(np.sqrt(1 - alphas_cumprod)),
         log_betas=table(np.log(betas)),
+        fixed_large_log_variance=table(np.log(np.concatenate([posterior_variance[:1], betas[1:]]))),
         posterior_mean_x0=table(betas * np.sqrt(alphas_cumprod_prev) / (1 - alphas_cumprod)),
         posterior_mean_xt=table((1 - alphas_cumprod_prev) * np.sqrt(alphas) / (1 - alphas_cumprod)),
         posterior_log_variance=table(np.log(posterior_variance)),
     )
-
-
-def strided_steps(num_timesteps: int, num_steps: int) -> tuple[int, ...]:
-    """`num_steps` evenly spaced steps of T, both ends included (Nichol & Dhariwal 2021, section 4).
-
-    Raises ConfigError when more steps are asked for than there are.
-    """
-    if not 1 <= num_steps <= num_timesteps:
-        raise ConfigError(
-            f"{num_steps} sampling steps were asked of a process with {num_timesteps}; use 1 to {num_timesteps}."
-        )
-    if num_steps == 1:
-        return (num_timesteps - 1,)
-    return tuple(round(i * (num_timesteps - 1) / (num_steps - 1)) for i in range(num_steps))

@@ -1,4 +1,8 @@
-"""Timestep samplers: from uniform numbers in [0, 1) to timesteps and their importance weights."""
+"""Timestep samplers: from uniform numbers in [0, 1) to timesteps and their importance weights.
+
+Where the numbers come from is the other half: a pure function of (seed, image number), independent of one another or,
+for stratified draws, one in each of a global batch's equal parts of [0, 1).
+"""
 
 from __future__ import annotations
 
@@ -95,6 +99,7 @@ class LossSecondMomentSampler:
 def make_timestep_sampler(
     config: DiffusionConfig, device: torch.device | str = "cpu"
 ) -> UniformSampler | LossSecondMomentSampler:
-    if config.timestep_sampler == "uniform":
-        return UniformSampler(config.num_timesteps, device)
-    return LossSecondMomentSampler(config.num_timesteps, device)
+    """The sampler of a config; "stratified" is the uniform one fed with stratified numbers."""
+    if config.timestep_sampler == "loss_second_moment":
+        return LossSecondMomentSampler(config.num_timesteps, device)
+    return UniformSampler(config.num_timesteps, device)

@@ -1,0 +1,23 @@
+"""A network with random weights, to sample from."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from trainer.config import SamplingConfig, load_config
+from trainer.models import build_model
+from trainer.sampling import Stage
+
+
+def make_stage(path: Path, *overrides: str, respacing: str = "5", sampler: Any = "ancestral") -> Stage:
+    """A network with random weights, none of them zero."""
+    config = load_config(path, overrides)
+    torch.manual_seed(0)
+    network = build_model(config.model, config.diffusion).eval()
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.add_(0.03 * torch.randn_like(parameter))
+    return Stage(network, config, SamplingConfig(sampler=sampler, respacing=respacing))

@@ -1,0 +1,102 @@
+"""Schedules and respacing: the published constants, the defining curves, and what is refused."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data_pipeline.errors import ConfigError
+from trainer.diffusion.respacing import space_timesteps
+from trainer.diffusion.schedules import Schedule, cosine_betas, linear_betas, make_schedule
+
+
+def test_published_constants() -> None:
+    cosine = make_schedule("cosine", 4000)
+    assert int((cosine.betas == 0.999).sum()) == 1
+    assert float(cosine.betas[0]) == pytest.approx(9.866e-6, rel=1e-3)
+    assert float(cosine.alphas_cumprod[-1]) == pytest.approx(1.5e-10, rel=0.05)
+    linear = make_schedule("linear", 4000)
+    assert float(linear.alphas_cumprod[-1]) == pytest.approx(4.2e-5, rel=0.05)
+    assert (linear_betas(1000)[0], linear_betas(1000)[-1]) == pytest.approx((1e-4, 0.02))
+
+
+def test_linear_schedule_needs_more_than_twenty_steps() -> None:
+    with pytest.raises(ConfigError, match="20"):
+        linear_betas(20)
+    assert linear_betas(21).max() < 1
+
+
+def test_cosine_follows_its_defining_curve() -> None:
+    t = np.arange(1, 100) / 100
+    f = np.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2 / np.cos(0.008 / 1.008 * math.pi / 2) ** 2
+    assert np.cumprod(1 - cosine_betas(100))[:99] == pytest.approx(f, rel=1e-12)
+
+
+def test_tables_are_float64_and_built_once() -> None:
+    schedule = make_schedule("cosine", 123)
+    assert schedule is make_schedule("cosine", 123)
+    tables = [value for name, value in vars(schedule).items() if name not in ("timestep_map", "num_original")]
+    assert {(table.dtype, len(table)) for table in tables} == {(torch.float64, 123)}
+
+
+@pytest.mark.parametrize("respacing", ["50", "10,15,20", "ddim50", "quadratic30", "1"])
+def test_a_shorter_process_keeps_the_noise_levels_it_visits(respacing: str) -> None:
+    whole, short = make_schedule("cosine", 4000), make_schedule("cosine", 4000, "cpu", respacing)
+    steps = list(space_timesteps(4000, respacing))
+    assert torch.allclose(short.alphas_cumprod, whole.alphas_cumprod[steps], rtol=1e-12)
+    assert short.timestep_map.tolist() == steps
+    assert short.num_original == 4000
+    for table in (short.betas, short.posterior_log_variance, short.posterior_mean_x0, short.fixed_large_log_variance):
+        assert torch.isfinite(table).all()
+
+
+def test_gather_takes_type_and_shape_of_what_it_multiplies() -> None:
+    table, t = torch.arange(5, dtype=torch.float64), torch.tensor([3, 1])
+    for like in (torch.zeros(2, 3, 4, 4), torch.zeros(2, 7, dtype=torch.float64)):
+        found = Schedule.gather(table, t, like)
+        assert found.dtype == like.dtype
+        assert found.shape == (2, *[1] * (like.ndim - 1))
+        assert found.flatten().tolist() == [3, 1]
+
+
+# ---- respacing --------------------------------------------------------------------------------------------------
+
+
+def test_forms_of_respacing() -> None:
+    assert space_timesteps(300, "10,15,20")[:11] == (0, 11, 22, 33, 44, 55, 66, 77, 88, 99, 100)
+    assert len(space_timesteps(300, "10,15,20")) == 45
+    assert space_timesteps(1000, "ddim50") == tuple(range(0, 1000, 20))
+    assert space_timesteps(4000, 5) == (0, 1000, 2000, 2999, 3999)
+    assert space_timesteps(4000, "quadratic10") == (0, 49, 197, 444, 789, 1234, 1777, 2419, 3159, 3999)
+    assert space_timesteps(10, "1") == (9,)
+    assert space_timesteps(11, "3,3,2") == (0, 2, 3, 4, 6, 7, 8, 10)  # halves round to even: 1.5 -> 2
+
+
+@given(st.integers(2, 3000), st.data())
+def test_every_form_gives_so_many_ascending_steps(num_timesteps: int, data: st.DataObject) -> None:
+    count = data.draw(st.integers(1, num_timesteps))
+    stride = data.draw(st.integers(1, num_timesteps))
+    by_stride = len(range(0, num_timesteps, stride))
+    for text, length in ((f"{count}", count), (f"quadratic{count}", count), (f"ddim{by_stride}", by_stride)):
+        steps = space_timesteps(num_timesteps, text)
+        assert len(steps) == length
+        assert list(steps) == sorted(set(steps))
+        assert steps[0] >= 0
+        assert steps[-1] < num_timesteps
+        if not text.startswith("ddim"):
+            assert steps[-1] == num_timesteps - 1  # a sampler starts from pure noise
+
+
+@pytest.mark.parametrize(
+    ("respacing", "what"),
+    [("101", "101"), ("60,60", "50"), ("ddim99", "ddim50 or ddim100"), ("quadratic101", "100"), ("", "a number"),
+     ("0", "a number"), ("-5", "a number"), ("ddim", "a number"), ("fast", "a number"), ("10,,5", "a number")],
+)  # fmt: skip
+def test_impossible_respacings_are_refused_with_a_remedy(respacing: str, what: str) -> None:
+    with pytest.raises(ConfigError, match=what):
+        space_timesteps(100, respacing)

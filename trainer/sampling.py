@@ -1,0 +1,133 @@
+"""Images from trained networks: one network, or a cascade in which each enlarges what the one before it made."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.errors import UserError
+from trainer.config import RunConfig, SamplingConfig
+from trainer.diffusion.gaussian import Denoiser, GaussianDiffusion
+from trainer.diffusion.noise import SampleNoise
+from trainer.diffusion.respacing import space_timesteps
+from trainer.diffusion.samplers import Progress, ancestral, ddim, no_progress, to_uint8
+from trainer.models import IMAGE_CHANNELS
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A network in evaluation mode, the config it was trained with, and how to sample from it."""
+
+    network: nn.Module
+    config: RunConfig
+    sampling: SamplingConfig
+
+    @property
+    def num_calls(self) -> int:
+        """Network calls a sample."""
+        return len(space_timesteps(self.config.diffusion.num_timesteps, self.sampling.respacing))
+
+
+def conditioned(network: nn.Module, labels: Tensor | None = None, low_res: Tensor | None = None) -> Denoiser:
+    """The network as a function of (x_t, time) alone."""
+
+    def denoise(x: Tensor, time: Tensor) -> Tensor:
+        output: Tensor = network(x, time, labels, low_res)
+        return output
+
+    return denoise
+
+
+def sample(
+    stage: Stage,
+    seeds: Sequence[int],
+    *,
+    labels: Sequence[int] | None = None,
+    low_res: Tensor | None = None,
+    seed: int = 0,
+    stage_number: int = 0,
+    device: torch.device | str = "cpu",
+    progress: Progress = no_progress,
+) -> Tensor:
+    """Samples number seeds[0], seeds[1], ... as uint8 [n, C, H, W], on the CPU.
+
+    Sample i is a function of (seed, i, label): its noise bit for bit, its pixels up to the rounding that the
+    network's batch size brings.
+
+    Args:
+        labels: [n] classes, -1 for none; by default sample i has class i modulo the number of classes.
+        low_res: [n, C, h, w] in [-1, 1], what a super-resolution network is to enlarge.
+        stage_number: place in a cascade; each has noise of its own.
+    """
+    config, size = stage.config, stage.config.model.image_size
+    diffusion = GaussianDiffusion.create(config.diffusion, device, stage.sampling.respacing)
+    noise = SampleNoise(seeds, (IMAGE_CHANNELS, size, size), seed=seed, stage=stage_number, device=device)
+    classes = _classes(config, seeds, labels)
+    denoiser = conditioned(
+        stage.network,
+        None if classes is None else torch.tensor(classes, device=device),
+        None if low_res is None else low_res.to(device),
+    )
+    if stage.sampling.sampler == "ddim":
+        images = ddim(denoiser, noise(), diffusion, noise=noise, eta=stage.sampling.eta, progress=progress)
+    else:
+        images = ancestral(denoiser, noise(), diffusion, noise=noise, progress=progress)
+    return to_uint8(images).cpu()
+
+
+def sample_cascade(
+    stages: Sequence[Stage],
+    seeds: Sequence[int],
+    *,
+    labels: Sequence[int] | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    progress: Progress = no_progress,
+) -> list[Tensor]:
+    """The images of every stage, uint8 [n, C, H, W]: the first stage's from noise, each other's from those before.
+
+    Between stages images are rounded to 8 bits, as the data that the upsampler was trained on (Nichol & Dhariwal
+    2021, section 5). Raises UserError for stages that do not fit together.
+    """
+    check_cascade([stage.config for stage in stages])
+    images: list[Tensor] = []
+    for number, stage in enumerate(stages):
+        low_res = images[-1].float() / 127.5 - 1 if images else None
+        images.append(
+            sample(
+                stage, seeds, labels=labels, low_res=low_res, seed=seed, stage_number=number, device=device,
+                progress=progress,
+            )
+        )  # fmt: skip
+    return images
+
+
+def check_cascade(configs: Sequence[RunConfig]) -> None:
+    """Raises UserError unless the first network starts from noise and each other enlarges the one before it."""
+    size, classes = 0, 0
+    for number, config in enumerate(configs, start=1):
+        model = config.model
+        if model.low_res_size != size:
+            needs = f"{model.low_res_size} px images to enlarge" if model.low_res_size else "no images to start from"
+            given = f"{size} px images" if size else "none"
+            raise UserError(f"stage {number} ({config.name}) takes {needs}, but is given {given}; mind the order.")
+        if model.num_classes and classes and model.num_classes != classes:
+            raise UserError(f"stage {number} ({config.name}) knows {model.num_classes} classes, one before {classes}.")
+        size, classes = model.image_size, model.num_classes or classes
+
+
+def _classes(config: RunConfig, seeds: Sequence[int], labels: Sequence[int] | None) -> Sequence[int] | None:
+    """The classes [n] of samples, None for an unconditional network. Raises UserError for unknown ones."""
+    num_classes = config.model.num_classes
+    if not num_classes:
+        return None
+    if labels is None:
+        return [s % num_classes for s in seeds]
+    lowest = -1 if config.model.null_class else 0
+    unknown = sorted({label for label in labels if not lowest <= label < num_classes})
+    if unknown:
+        raise UserError(f"class {unknown[0]} is unknown to {config.name}: it knows {lowest} to {num_classes - 1}.")
+    return labels
