@@ -325,7 +325,8 @@ def validate(schema: type[SectionT], tree: dict[str, Any], *, source: str) -> Se
 
 
 def _explain(schema: type[Section], item: dict[str, Any]) -> str:
-    location = [str(part) for part in item["loc"]]
+    # Where a value may be of several kinds, pydantic adds the kind to the path: not a key of ours.
+    location = [str(part) for part in item["loc"] if not str(part).startswith(("literal[", "constrained-"))]
     path = ".".join(location)
     if item["type"] == "extra_forbidden":
         known = _known_keys(schema, location[:-1])

@@ -39,8 +39,9 @@ def linear_betas(num_timesteps: int) -> NDArray[np.float64]:
 
 def cosine_betas(num_timesteps: int, offset: float = 0.008) -> NDArray[np.float64]:
     """Betas whose alphas_cumprod follow cos²(π/2 · (t/T + s) / (1 + s)) (Nichol & Dhariwal 2021, eq. 17): [T]."""
-    t = np.arange(num_timesteps + 1, dtype=np.float64) / num_timesteps
-    alphas_cumprod = np.cos((t + offset) / (1 + offset) * math.pi / 2) ** 2
+    # math.cos: numpy's may differ in the last digit, and the published tables are to be met bit for bit.
+    angles = [(t / num_timesteps + offset) / (1 + offset) * math.pi / 2 for t in range(num_timesteps + 1)]
+    alphas_cumprod = np.array([math.cos(angle) ** 2 for angle in angles])
     betas: NDArray[np.float64] = np.minimum(1 - alphas_cumprod[1:] / alphas_cumprod[:-1], MAX_BETA)
     return betas
 
