@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.files import write_atomic
@@ -143,7 +143,10 @@ class SamplingConfig(Section):
 
     sampler: Literal["ancestral", "ddim"] = "ddim"
     # Steps of the process that are visited: "100", "10,15,20", "ddim50" (by a fixed stride) or "quadratic50".
-    respacing: Annotated[str, BeforeValidator(str)] = "50"
+    # (num_steps: the name that runs made before this one know it by.)
+    respacing: Annotated[str, BeforeValidator(str)] = Field(
+        "50", validation_alias=AliasChoices("respacing", "num_steps")
+    )
     eta: float = Field(0.0, ge=0, le=1)  # noise of ddim; 0: none
 
     @model_validator(mode="after")

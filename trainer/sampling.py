@@ -82,32 +82,36 @@ def sample_cascade(
     stages: Sequence[Stage],
     seeds: Sequence[int],
     *,
+    base: Tensor | None = None,
     labels: Sequence[int] | None = None,
     seed: int = 0,
     device: torch.device | str = "cpu",
     progress: Progress = no_progress,
 ) -> list[Tensor]:
-    """The images of every stage, uint8 [n, C, H, W]: the first stage's from noise, each other's from those before.
+    """The images of every stage, uint8 [n, C, H, W]: each stage enlarges those of the stage before.
 
-    Between stages images are rounded to 8 bits, as the data that the upsampler was trained on (Nichol & Dhariwal
+    The first stage starts from noise, or enlarges `base`, uint8 [n, C, h, w], as if a stage before had made it.
+    Between stages images are rounded to 8 bits: the upsampler is to see what it was trained on (Nichol & Dhariwal
     2021, section 5). Raises UserError for stages that do not fit together.
     """
-    check_cascade([stage.config for stage in stages])
-    images: list[Tensor] = []
-    for number, stage in enumerate(stages):
+    check_cascade([stage.config for stage in stages], base_size=0 if base is None else base.shape[-1])
+    images = [] if base is None else [base]
+    for stage in stages:
         low_res = images[-1].float() / 127.5 - 1 if images else None
-        images.append(
-            sample(
-                stage, seeds, labels=labels, low_res=low_res, seed=seed, stage_number=number, device=device,
-                progress=progress,
-            )
+        made = sample(
+            stage, seeds, labels=labels, low_res=low_res, seed=seed, stage_number=len(images), device=device,
+            progress=progress,
         )  # fmt: skip
-    return images
+        images.append(made)
+    return images if base is None else images[1:]
 
 
-def check_cascade(configs: Sequence[RunConfig]) -> None:
-    """Raises UserError unless the first network starts from noise and each other enlarges the one before it."""
-    size, classes = 0, 0
+def check_cascade(configs: Sequence[RunConfig], *, base_size: int = 0) -> None:
+    """Raises UserError unless each network enlarges images of the size that those before it make.
+
+    `base_size`: of the images that the first is given, 0 for none.
+    """
+    size, classes = base_size, 0
     for number, config in enumerate(configs, start=1):
         model = config.model
         if model.low_res_size != size:

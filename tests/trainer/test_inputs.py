@@ -72,7 +72,7 @@ def test_class_dropout_replaces_its_share_of_labels(tiny_config: Path) -> None:
 
 
 def test_class_dropout_needs_a_null_class(tiny_config: Path) -> None:
-    with pytest.raises(ConfigError, match="model.null_class=true"):
+    with pytest.raises(ConfigError, match=r"model\.null_class=true"):
         load_config(tiny_config, ["model.num_classes=4", "train.class_dropout=0.1"])
-    with pytest.raises(ConfigError, match="model.num_classes"):
+    with pytest.raises(ConfigError, match=r"model\.num_classes"):
         load_config(tiny_config, ["model.null_class=true"])

@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 
-from trainer.config import SamplingConfig, load_config
+from trainer.config import SamplingConfig, load_config, to_yaml
+from trainer.export import export_info, save_export
 from trainer.models import build_model
 from trainer.sampling import Stage
 
@@ -21,3 +22,11 @@ def make_stage(path: Path, *overrides: str, respacing: str = "5", sampler: Any =
         for parameter in network.parameters():
             parameter.add_(0.03 * torch.randn_like(parameter))
     return Stage(network, config, SamplingConfig(sampler=sampler, respacing=respacing))
+
+
+def make_export(folder: Path, stage: Stage) -> Path:
+    """An export of such a network."""
+    tensors = dict(stage.network.state_dict())
+    info = export_info(stage.config, nimg=8, compute=1.0, run_id="random", data="none")
+    save_export(folder, {"ema": tensors.items(), "model": tensors.items()}, config=to_yaml(stage.config), info=info)
+    return folder
