@@ -17,6 +17,9 @@ from safetensors.torch import load_file
 
 HALF, FULL = 24, 48
 IMPORTANCE = ["diffusion.objective=vlb", "diffusion.timestep_sampler=loss_second_moment", "diffusion.num_timesteps=4"]
+# Everything about the inputs that depends on an image's place in the global batch, in one run.
+PLACES = ["diffusion.prediction=v", "diffusion.timestep_sampler=stratified", "model.num_classes=4",
+          "model.null_class=true", "train.class_dropout=0.4"]  # fmt: skip
 
 
 def weights(run: Path, nimg: int = FULL) -> dict[str, torch.Tensor]:
@@ -65,7 +68,10 @@ def runs(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         whole = [scenario(f"s{stage}w{world}", stage) for stage in (0, 1, 2, 3)]
         half = [scenario(f"half-s{s}w{world}", s, f"train.budget_images={HALF}") for s in (1, 2, 3)]
         vlb = [scenario("vlb", 2, *IMPORTANCE), scenario("half-vlb", 2, *IMPORTANCE, f"train.budget_images={HALF}")]
-        train(world, whole + half + (vlb if world == 2 else []))
+        places = scenario(f"places-w{world}", 2 * world - 1, *PLACES, "train.micro_batch=2")
+        again = scenario(f"checkpointed-w{world}", 2 * world - 1, *PLACES, "train.micro_batch=2",
+                         "engine.activation_checkpointing=true")  # fmt: skip
+        train(world, whole + half + [places, again] + (vlb if world == 2 else []))
     for source, target in [(f"half-s{s}w2", f"resumed-s{s}w2") for s in (1, 2, 3)] + [
         ("half-vlb", "resumed-vlb"), ("half-s3w2", "moved-s3w2-to-s1w1"), ("half-s1w1", "moved-s1w1-to-s3w2"),
         ("half-s2w2", "moved-s2w2-to-s0w2"),
@@ -94,6 +100,17 @@ def test_resume_on_the_same_layout_is_bit_exact(runs: Path, stage: int) -> None:
     assert (resumed / f"metrics.{HALF}.jsonl").exists()  # it did resume, not start again
     assert relative_difference(resumed, straight) == 0.0
     assert losses(resumed)[FULL] == losses(straight)[FULL]
+
+
+def test_stratified_draws_and_dropped_classes_are_the_global_batchs(runs: Path) -> None:
+    one, two = losses(runs / "places-w1"), losses(runs / "places-w2")  # ZeRO 1 on one process, 3 on two
+    assert all(two[n] == pytest.approx(one[n], rel=1e-6) for n in one)
+    assert relative_difference(runs / "places-w1", runs / "places-w2") < 1e-5
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_activation_checkpointing_changes_no_bit(runs: Path, world: int) -> None:
+    assert relative_difference(runs / f"checkpointed-w{world}", runs / f"places-w{world}") == 0.0
 
 
 def test_importance_sampling_history_survives_a_resume(runs: Path) -> None:

@@ -1,0 +1,102 @@
+"""The shipped run configs: each is valid, and the published ones are what was published."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+
+from data_pipeline.errors import ConfigError
+from trainer.config import load_config
+from trainer.interop.presets import find_preset, preset_names
+from trainer.models import count
+
+K = 1000
+NOT_PUBLISHED = {"cifar10/small", "cifar10/simple", "imagenet256/class_conditional"}
+
+
+@dataclass(frozen=True)
+class Published:
+    """A row of the table of published runs (Nichol & Dhariwal 2021 and the flags published with its code)."""
+
+    channels: int
+    num_res_blocks: int
+    process: tuple[int, str]  # T and schedule
+    objective: tuple[str, str]  # and how timesteps are drawn
+    lr: float
+    batch: int
+    iterations: int
+    num_params: int
+    dropout: float = 0.0
+    num_classes: int = 0
+    rescaled: bool = True  # both rescaling flags
+    attention: tuple[int, tuple[int, ...], bool] = (4, (16, 8), True)  # heads, sizes, scale-shift norm
+    sizes: tuple[int, int] = (64, 0)  # image and low-resolution input
+
+
+HYBRID, VLB = ("hybrid", "uniform"), ("vlb", "loss_second_moment")
+COSINE, LINEAR = (4000, "cosine"), (4000, "linear")
+CIFAR10: dict[str, Any] = {"dropout": 0.3, "sizes": (32, 0)}
+LSUN: dict[str, Any] = {"rescaled": False, "attention": (1, (16,), False), "sizes": (256, 0)}
+PUBLISHED = {
+    "imagenet64/hybrid": Published(128, 3, COSINE, HYBRID, 1e-4, 128, 1500 * K, 121_063_942),
+    "imagenet64/vlb": Published(128, 3, COSINE, VLB, 1e-4, 128, 1500 * K, 121_063_942),
+    "cifar10/hybrid": Published(128, 3, COSINE, HYBRID, 1e-4, 128, 500 * K, 52_546_438, **CIFAR10),
+    "cifar10/vlb": Published(128, 3, COSINE, VLB, 1e-4, 128, 500 * K, 52_546_438, **CIFAR10),
+    "imagenet64/class_conditional": Published(
+        192, 3, COSINE, HYBRID, 3e-4, 2048, 250 * K, 273_049_350, num_classes=1000, rescaled=False
+    ),
+    "imagenet256/upsampler": Published(
+        192, 2, LINEAR, HYBRID, 3e-4, 256, 500 * K, 279_792_390, num_classes=1000, rescaled=False, sizes=(256, 64)
+    ),
+    "lsun256/bedroom": Published(128, 2, (1000, "linear"), HYBRID, 1e-4, 128, 1200 * K, 113_676_678, **LSUN),
+    "lsun256/bedroom_lr2e-5": Published(128, 2, (1000, "linear"), HYBRID, 2e-5, 128, 2400 * K, 113_676_678, **LSUN),
+    **{
+        f"imagenet64/ladder/c{c}": Published(c, 3, COSINE, HYBRID, 1e-4 / (c / 128) ** 0.5, 128, 1500 * K, num_params)
+        for c, num_params in ((64, 30_303_494), (96, 68_126_598), (128, 121_063_942), (192, 272_281_350))
+    },
+}
+CHANNEL_MULT = {32: (1, 2, 2, 2), 64: (1, 2, 3, 4), 256: (1, 1, 2, 2, 4, 4)}
+
+
+def test_every_file_is_in_the_table_or_known_not_to_be_published() -> None:
+    assert set(preset_names()) == PUBLISHED.keys() | NOT_PUBLISHED
+
+
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_is_valid_and_named_after_its_file(name: str) -> None:
+    config = load_config(find_preset(name))
+    assert config.name == name.replace("/", "-").replace("_", "-")
+    assert config.run.folder.as_posix() == f"runs/{config.name}"  # two presets never share a folder
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_published_presets_are_what_was_published(name: str) -> None:
+    config, row = load_config(find_preset(name)), PUBLISHED[name]
+    model, diffusion, train = config.model, config.diffusion, config.train
+    assert (model.image_size, model.low_res_size) == row.sizes
+    assert (model.channels, model.channel_mult) == (row.channels, CHANNEL_MULT[model.image_size])
+    assert model.num_res_blocks == row.num_res_blocks
+    assert (model.num_heads, model.attention_resolutions, model.use_scale_shift_norm) == row.attention
+    assert (model.dropout, model.num_classes, model.null_class) == (row.dropout, row.num_classes, False)
+    assert count(model, diffusion).num_params == row.num_params
+
+    assert (diffusion.num_timesteps, diffusion.schedule) == row.process
+    assert (diffusion.objective, diffusion.timestep_sampler) == row.objective
+    assert (diffusion.prediction, diffusion.variance, diffusion.mse_target) == ("eps", "learned_range", None)
+    assert diffusion.rescale_timesteps == row.rescaled
+    assert diffusion.vlb_factor == (1 / 1000 if row.rescaled else 1 / diffusion.num_timesteps)
+
+    assert train.lr == pytest.approx(row.lr, rel=1e-12)
+    assert train.global_batch == row.batch
+    assert train.budget_images == row.batch * row.iterations
+    assert (train.betas, train.weight_decay, train.ema_decay) == ((0.9, 0.999), 0.0, 0.9999)
+    assert (train.warmup_images, train.grad_clip, train.class_dropout) == (0, 0.0, 0.0)
+
+
+def test_an_unknown_preset_lists_the_close_ones() -> None:
+    with pytest.raises(ConfigError, match=r"--preset imagenet64/hybird.*imagenet64/hybrid"):
+        find_preset("imagenet64/hybird")
+    with pytest.raises(ConfigError, match=r"known: cifar10/hybrid, .*lsun256/bedroom"):
+        find_preset("qqq")

@@ -1,0 +1,8 @@
+"""Weights of other code bases, in and out: formats by name."""
+
+from __future__ import annotations
+
+from trainer.interop import improved_diffusion
+from trainer.interop.format import Format
+
+FORMATS: dict[str, Format] = {"improved-diffusion": improved_diffusion}

@@ -1,0 +1,48 @@
+"""What the importer must know of another code base's checkpoints: a module that has these functions is a format."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from trainer.config import RunConfig
+from trainer.export import Weights
+from trainer.models.unet import UNet
+
+Shape = tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One parameter under both names. Both sides hold the same numbers in the same order."""
+
+    ours: str
+    theirs: str
+    shape: Shape  # theirs; ours may have extra dimensions of size 1
+
+
+@dataclass(frozen=True)
+class FileName:
+    """What a checkpoint's file name tells; None where it tells nothing."""
+
+    weights: Weights | None = None
+    iterations: int | None = None
+    batch: int | None = None  # images an iteration
+    ema_decay: float | None = None
+
+
+class Format(Protocol):
+    """The checkpoints of one code base."""
+
+    def pairs(self, network: UNet) -> Iterator[Pair]:
+        """Every parameter of our network with its name and shape there, in their order."""
+
+    def read_name(self, name: str) -> FileName:
+        """What the checkpoint's file name tells."""
+
+    def differing_settings(self, shapes: Mapping[str, Shape], config: RunConfig) -> dict[str, tuple[object, object]]:
+        """Settings in which a file differs from a config, as far as its shapes tell: key -> (file, config)."""
+
+    def flags(self, config: RunConfig) -> list[str]:
+        """Lines for a shell that tell their programs the config. Raises ConfigError for what they cannot express."""
