@@ -203,16 +203,23 @@ def _record(
 
 
 def result_path(export_path: Path, request: EvalRequest) -> Path:
-    """Where the records of this evaluation are kept: RUN/evals/<nimg>/<key>.json."""
-    export_path = Path(export_path).resolve()
-    files = json.loads((export_path / "manifest.json").read_text())["files"]
-    weights = files[f"{request.weights}.safetensors"]["sha256"]
-    return export_path.parent.parent / "evals" / export_path.name / f"{request.key(weights)}.json"
+    """Where the records of this evaluation are kept: RUN/evals/<nimg>/<key>.json, or EXPORT/evals/<key>.json.
+
+    The latter for an export that belongs to no run: an imported one, or one that was copied away. Raises UserError
+    when the export holds no such weights.
+    """
+    export = open_export(export_path)
+    export.check_holds(request.weights)
+    name = f"{request.key(export.weights_sha256[request.weights])}.json"
+    run = export_path.resolve().parent.parent
+    if (run / "run.json").exists():
+        return run / "evals" / export_path.resolve().name / name
+    return export_path.resolve() / "evals" / name
 
 
 def write_records(path: Path, records: Sequence[EvalRecord], request: EvalRequest) -> None:
     """Write an evaluation's records and its request, atomically."""
-    spec = {k: str(v) if isinstance(v, Path) else v for k, v in asdict(request).items()}
+    spec = asdict(request) | {"data": str(request.data), "sampling": request.sampling.model_dump()}
     write_json(path, {"records": [r.to_json() for r in records], "spec": spec})
 
 
@@ -256,7 +263,7 @@ def main() -> int:
         num_reference=a.num_reference, sampling=sampling, num_threads=a.num_threads,
     )  # fmt: skip
     request.check()
-    open_export(a.export)
+    open_export(a.export).check_holds(request.weights)
     out = a.out or result_path(a.export, request)
     out.parent.mkdir(parents=True, exist_ok=True)  # fails now, not after the work
     records = evaluate(a.export, request)

@@ -41,9 +41,8 @@ def gaussian_denoiser(process: GaussianDiffusion) -> Denoiser:
 
     def denoise(x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
         t = (time * STEPS / 1000).round().long()
-        s = process.schedule
-        a = s.gather(s.alphas_cumprod, t)
-        return (1 - a).sqrt() * x / (a * 0.25 + 1 - a)
+        alpha, sigma = process.signal_and_noise(t, x)
+        return sigma * x / (alpha**2 * 0.25 + sigma**2)
 
     return denoise
 
