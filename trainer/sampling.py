@@ -13,7 +13,7 @@ from trainer.config import RunConfig, SamplingConfig
 from trainer.diffusion.gaussian import Denoiser, GaussianDiffusion
 from trainer.diffusion.noise import SampleNoise
 from trainer.diffusion.respacing import space_timesteps
-from trainer.diffusion.samplers import Progress, ancestral, ddim, no_progress, to_uint8
+from trainer.diffusion.samplers import SAMPLERS, Progress, no_progress, to_uint8
 from trainer.models import IMAGE_CHANNELS
 
 
@@ -71,10 +71,9 @@ def sample(
         None if classes is None else torch.tensor(classes, device=device),
         None if low_res is None else low_res.to(device),
     )
-    if stage.sampling.sampler == "ddim":
-        images = ddim(denoiser, noise(), diffusion, noise=noise, eta=stage.sampling.eta, progress=progress)
-    else:
-        images = ancestral(denoiser, noise(), diffusion, noise=noise, progress=progress)
+    options = {"eta": stage.sampling.eta} if stage.sampling.sampler == "ddim" else {}
+    sampler = SAMPLERS[stage.sampling.sampler]
+    images = sampler(denoiser, noise(), diffusion, noise=noise, progress=progress, **options)
     return to_uint8(images).cpu()
 
 

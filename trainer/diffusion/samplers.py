@@ -77,7 +77,7 @@ def ddim(
     return x
 
 
-SAMPLERS = {"ancestral": ancestral, "ddim": ddim}
+SAMPLERS: dict[str, Callable[..., Tensor]] = {"ancestral": ancestral, "ddim": ddim}
 
 
 def _predict(denoiser: Denoiser, x: Tensor, step: int, diffusion: GaussianDiffusion, clip: bool) -> Prediction:
