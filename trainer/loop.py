@@ -112,7 +112,9 @@ class Run:
         device = processes.device
         reader = self._find_checkpoint()
         torch.manual_seed(config.seed)
-        network = build_model(config.model, config.diffusion)
+        network = build_model(
+            config.model, config.diffusion, checkpoint_activations=config.engine.activation_checkpointing
+        )
         if reader is not None:
             network.load_state_dict(dict(reader.weights("weight")), strict=True)
         self.engine = Engine(network, config, processes)

@@ -27,10 +27,14 @@ class ModelCost:
         return 3.0 * self.forward_flops
 
 
-def build_model(model: ModelConfig, diffusion: DiffusionConfig) -> nn.Module:
-    """The network of a config, with PyTorch's default initialisation from the current generator."""
-    learned = diffusion.variance == "learned_range"
-    return NETWORKS[model.name](model, out_channels=IMAGE_CHANNELS * (2 if learned else 1))
+def build_model(model: ModelConfig, diffusion: DiffusionConfig, *, checkpoint_activations: bool = False) -> nn.Module:
+    """The network of a config, with PyTorch's default initialisation from the current generator.
+
+    `checkpoint_activations`: train with less memory, computing activations again for the backward pass.
+    """
+    network = NETWORKS[model.name](model, out_channels=IMAGE_CHANNELS * (2 if diffusion.learns_variance else 1))
+    network.checkpoint_activations = checkpoint_activations
+    return network
 
 
 @lru_cache(maxsize=64)

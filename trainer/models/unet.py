@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from trainer.config import ModelConfig
 from trainer.models.blocks import (
@@ -26,8 +27,9 @@ class UNetBlock(nn.Module):
         self.res = res
         self.attention = attention
 
-    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        h: Tensor = self.res(x, emb)
+    def forward(self, emb: Tensor, *x: Tensor) -> Tensor:
+        """emb [B, emb_channels], x: feature maps [B, .., H, W] joined by channels -> [B, out, H, W]."""
+        h: Tensor = self.res(torch.cat(x, dim=1) if len(x) > 1 else x[0], emb)
         return h if self.attention is None else self.attention(h)
 
 
@@ -36,16 +38,21 @@ class UNet(nn.Module):
 
     The decoder has one block a level more than the encoder, since the encoder's first convolution and its
     downsamplings are skipped to as well.
+
+    With `checkpoint_activations` a training step keeps the blocks' inputs only and computes the blocks again for the
+    backward pass: less memory for one forward pass more, and the same gradients.
     """
 
     def __init__(self, config: ModelConfig, *, out_channels: int, in_channels: int = 3) -> None:
         super().__init__()
         self.config = config
+        self.checkpoint_activations = False
         emb_channels = 4 * config.channels
         self.time_embed = nn.Sequential(
             nn.Linear(config.channels, emb_channels), nn.SiLU(), nn.Linear(emb_channels, emb_channels)
         )
-        self.class_embed = nn.Embedding(config.num_classes, emb_channels) if config.num_classes else None
+        num_embeddings = config.num_classes + int(config.null_class)  # the last one: no class
+        self.class_embed = nn.Embedding(num_embeddings, emb_channels) if num_embeddings else None
 
         def block(channels_in: int, channels_out: int, *, attention: bool) -> UNetBlock:
             res = ResBlock(
@@ -91,11 +98,23 @@ class UNet(nn.Module):
     def forward(
         self, x: Tensor, timesteps: Tensor, labels: Tensor | None = None, low_res: Tensor | None = None
     ) -> Tensor:
-        """x [B, C, H, W], timesteps [B] (float), labels [B], low_res [B, C, h, w] -> [B, out_channels, H, W]."""
+        """x [B, C, H, W], timesteps [B] (float), labels [B], low_res [B, C, h, w] -> [B, out_channels, H, W] (float32).
+
+        A label below 0 means "no class" (`model.null_class`).
+
+        Raises ValueError for images that cannot be halved as often as the network has levels, and (on the CPU, where
+        looking costs nothing) for labels below 0 without a null class.
+        """
+        factor = 2 ** (len(self.config.channel_mult) - 1)
+        if x.shape[-2] % factor or x.shape[-1] % factor:
+            raise ValueError(
+                f"images of {x.shape[-2]}x{x.shape[-1]} cannot pass {len(self.config.channel_mult)} levels: "
+                f"height and width must be multiples of {factor}"
+            )
         emb = self.time_embed(timestep_embedding(timesteps, self.config.channels))  # [B, 4C]
         if self.class_embed is not None:
             assert labels is not None, "a class-conditional network needs labels"
-            emb = emb + self.class_embed(labels)
+            emb = emb + self.class_embed(self._rows(labels))
         emb = F.silu(emb)
         if self.config.low_res_size:
             assert low_res is not None, "a super-resolution network needs the low-resolution images"
@@ -105,11 +124,31 @@ class UNet(nn.Module):
         h = self.stem(x)
         skips = [h]
         for step in self.encoder:
-            h = step(h, emb) if isinstance(step, UNetBlock) else step(h)
+            h = self._run(step, emb, h) if isinstance(step, UNetBlock) else step(h)
             skips.append(h)
         for step in self.middle:
-            h = step(h, emb)
+            h = self._run(step, emb, h)
         for step in self.decoder:
-            h = step(torch.cat([h, skips.pop()], dim=1), emb) if isinstance(step, UNetBlock) else step(h)
+            h = self._run(step, emb, h, skips.pop()) if isinstance(step, UNetBlock) else step(h)
         out: Tensor = self.out_conv(F.silu(self.out_norm(h)))
         return out.float()
+
+    def _rows(self, labels: Tensor) -> Tensor:
+        """The class embedding's rows of labels: [B] -> [B]."""
+        if self.config.null_class:
+            return torch.where(labels < 0, self.config.num_classes, labels)
+        if labels.device.type == "cpu" and bool((labels < 0).any()):
+            raise ValueError(
+                'labels below 0 mean "no class", which this network has none of; '
+                "train with model.null_class=true, or give every image a class"
+            )
+        return labels
+
+    def _run(self, block: nn.Module, *inputs: Tensor) -> Tensor:
+        """A block's output; while training and if so asked, without what its backward pass needs."""
+        if not (self.checkpoint_activations and self.training and torch.is_grad_enabled()):
+            plain: Tensor = block(*inputs)
+            return plain
+        # The generator's state is kept only where a dropout mask has to be drawn again.
+        output: Tensor = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=self.config.dropout > 0)
+        return output

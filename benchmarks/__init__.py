@@ -1,0 +1,1 @@
+"""Scripts that measure, each against a peer or a limit in the same run."""
