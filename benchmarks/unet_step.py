@@ -9,7 +9,6 @@ the machine can do. Medians over the steps. On the CPU the time is the process's
 from __future__ import annotations
 
 import argparse
-import json
 import platform
 import statistics
 import time
@@ -26,6 +25,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.peers import DiffusersUNet, improved_diffusion_unet
 from benchmarks.roofline import step_seconds
 from data_pipeline.errors import UserError, run_cli
+from data_pipeline.files import write_json
 from trainer.config import DiffusionConfig, ModelConfig
 from trainer.models import IMAGE_CHANNELS, build_model
 
@@ -237,8 +237,16 @@ def chosen(value: str, known: tuple[str, ...] | list[str], option: str) -> list[
 
 
 def machine(device: torch.device) -> str:
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return f"{name}, torch {torch.__version__}, {torch.get_num_threads()} CPU threads"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else cpu_name()
+    return f"{name}, torch {torch.__version__}"
+
+
+def cpu_name() -> str:
+    """What the processor calls itself, where Linux tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} cores" if names else platform.machine()
 
 
 def main() -> int:
@@ -269,14 +277,14 @@ def main() -> int:
     rows: list[Result] = []
     for threads in (int(number) for number in options.threads.split(",")):
         torch.set_num_threads(threads)
-        print(f"\n{machine(device)}\n{HEADER}")
+        print(f"\n{machine(device)}, {threads} CPU threads\n{HEADER}")
         for preset in presets:
             for precision in precisions:
                 results = race(preset, precision, device, options.steps, peers, options.peer_path)
                 print("\n".join(line(row) for row in results), flush=True)
                 rows += results
     if options.json is not None:
-        options.json.write_text(json.dumps([asdict(row) for row in rows], indent=2) + "\n")
+        write_json(options.json, {"machine": machine(device), "rows": [asdict(row) for row in rows]})
     return 0
 
 
