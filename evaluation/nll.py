@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.counter_rng import Stream, normal
 from data_pipeline.dataset import ShardDataset
+from data_pipeline.errors import UserError
 from data_pipeline.progress import progress_bar
 from evaluation import nll_plan
 from evaluation.nll_plan import Plan
@@ -70,7 +71,7 @@ def estimate_nll(
         progress: the progress bar's title; no bar without one.
 
     Raises:
-        UserError: too few calls for an error bar.
+        UserError: too few calls for an error bar; a term of the bound that is not finite.
     """
     evaluator = _Evaluator(condition, diffusion, dataset, seed, device)
     num_steps, total = diffusion.num_timesteps, len(dataset)
@@ -103,6 +104,12 @@ class _Evaluator:
             for start in range(0, len(plan), CHUNK):
                 chunk = slice(start, min(start + CHUNK, len(plan)))
                 results[chunk] = self._chunk(plan, chunk)
+                if not np.isfinite(results[chunk]).all():
+                    t = plan.t[chunk][~np.isfinite(results[chunk])][0]
+                    raise UserError(
+                        f"the bound of this network is not finite at t={t}: its training has diverged, or has hardly "
+                        "begun. Evaluate another export."
+                    )
                 bar.update(chunk.stop - start)
         return results
 
