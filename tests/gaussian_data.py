@@ -10,7 +10,7 @@ import math
 import torch
 from torch import Tensor
 
-from trainer.config import Quantity
+from trainer.config import DiffusionConfig, Quantity
 from trainer.diffusion.gaussian import Denoiser, GaussianDiffusion
 
 SPREAD = 0.2
@@ -30,14 +30,35 @@ def exact_output(process: GaussianDiffusion, kind: Quantity, x_t: Tensor, t: Ten
     return process.quantity(kind, x0, (x_t - alpha * x0) / sigma, x_t, t)
 
 
-def exact_denoiser(process: GaussianDiffusion) -> Denoiser:
-    """The perfect network of a process with fixed variance, as samplers call it."""
+def exact_denoiser(config: DiffusionConfig) -> Denoiser:
+    """The perfect network for a config, as samplers call it on whatever respacing.
+
+    It was trained on all T steps: it knows no other process.
+    """
+    whole = GaussianDiffusion.create(config)
+    second = second_output(whole)
 
     def denoiser(x: Tensor, time: Tensor) -> Tensor:
-        t = torch.searchsorted(process.schedule.timestep_map, time.long())
-        return exact_output(process, process.prediction, x, t)
+        t = time.long()
+        assert torch.equal(t.float(), time), "meant for rescale_timesteps=false"
+        output = exact_output(whole, config.prediction, x, t)
+        if second is None:
+            return output
+        return torch.cat([output, whole.schedule.gather(second, t, x).expand_as(x)], dim=1)
 
     return denoiser
+
+
+def second_output(process: GaussianDiffusion) -> Tensor | None:
+    """What a perfect network says of the variance: [T] float64; None where the variance is fixed."""
+    log_variance, s = exact_variance(process).log(), process.schedule
+    if process.variance == "learned":
+        return log_variance
+    if process.variance == "learned_range":
+        within = (log_variance - s.posterior_log_variance) / (s.log_betas - s.posterior_log_variance)
+        assert ((within >= 0) & (within <= 1)).all()  # so that it can be said
+        return 2 * within - 1
+    return None
 
 
 def exact_variance(process: GaussianDiffusion) -> Tensor:

@@ -15,7 +15,16 @@ from typing import Annotated, Any, Literal, TypeVar, get_args
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from pydantic import AliasChoices, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.files import write_atomic
@@ -85,19 +94,19 @@ class ModelConfig(Section):
 
 # What a network can predict, and what L_simple can be the squared error of.
 Quantity = Literal["eps", "x0", "v", "previous_mean"]
-# L_hybrid's weight by the names of the reference code's two conventions (`rescale_learned_sigmas` on and off).
-VLB_WEIGHTS = ("rescaled", "unrescaled")
+Variance = Literal["learned_range", "learned", "fixed_small", "fixed_large"]
 
 
 class DiffusionConfig(Section):
     num_timesteps: int = Field(4000, ge=2)  # T
     schedule: Literal["linear", "cosine"] = "cosine"
-    prediction: Quantity = "eps"  # what the network's output means (trainer/diffusion/predictions.py)
-    variance: Literal["learned_range", "learned", "fixed_small", "fixed_large"] = "learned_range"
+    prediction: Quantity = "eps"  # what the network's output means (trainer/diffusion/gaussian.py)
+    variance: Variance = "learned_range"
     objective: Literal["simple", "hybrid", "vlb"] = "hybrid"
     mse_target: Quantity | None = None  # L_simple is its squared error; default: what the network predicts
-    # L_hybrid = L_simple + weight * L_vlb [bits/dim]. rescaled: 1/1000; unrescaled: 1/T; or a number.
-    vlb_weight: Literal["rescaled", "unrescaled"] | Annotated[float, Field(gt=0)] = "rescaled"
+    # L_hybrid = L_simple + weight * L_vlb [bits/dim]. rescaled: 1/1000; unrescaled: 1/T; or a number. The names are
+    # the published code's two conventions, `rescale_learned_sigmas` on and off.
+    vlb_weight: Literal["rescaled", "unrescaled"] | Annotated[float, Field(gt=0, allow_inf_nan=False)] = "rescaled"
     timestep_sampler: Literal["uniform", "stratified", "loss_second_moment"] = "uniform"
     rescale_timesteps: bool = True  # the network sees t * 1000 / T
 
@@ -112,6 +121,13 @@ class DiffusionConfig(Section):
         if self.vlb_weight == "rescaled":
             return 1 / 1000
         return 1 / self.num_timesteps if self.vlb_weight == "unrescaled" else float(self.vlb_weight)
+
+    @field_validator("vlb_weight")
+    @classmethod
+    def _weight_has_its_name(cls, weight: str | float, info: ValidationInfo) -> str | float:
+        """A number that has a name is known by it: runs made before there were names compare equal to later ones."""
+        names = {1 / info.data.get("num_timesteps", 1): "unrescaled", 1 / 1000: "rescaled"}
+        return names.get(weight, weight) if isinstance(weight, float) else weight
 
     @model_validator(mode="after")
     def _objective_fits(self) -> DiffusionConfig:
@@ -138,16 +154,28 @@ class DiffusionConfig(Section):
         return self
 
 
+def _text_of_number(value: Any) -> Any:
+    """YAML reads `respacing: 50` as a number."""
+    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
+
+
 class SamplingConfig(Section):
     """How a network is sampled from."""
 
     sampler: Literal["ancestral", "ddim"] = "ddim"
     # Steps of the process that are visited: "100", "10,15,20", "ddim50" (by a fixed stride) or "quadratic50".
-    # (num_steps: the name that runs made before this one know it by.)
-    respacing: Annotated[str, BeforeValidator(str)] = Field(
-        "50", validation_alias=AliasChoices("respacing", "num_steps")
-    )
+    respacing: Annotated[str, BeforeValidator(_text_of_number)] = "50"
     eta: float = Field(0.0, ge=0, le=1)  # noise of ddim; 0: none
+
+    @model_validator(mode="before")
+    @classmethod
+    def _old_name(cls, tree: Any) -> Any:
+        """Runs and studies of before know `respacing` as `num_steps`."""
+        if not isinstance(tree, dict) or "num_steps" not in tree:
+            return tree
+        if "respacing" in tree:
+            raise ValueError(f"num_steps={tree['num_steps']}: this key is named respacing now; set that instead")
+        return {k: v for k, v in tree.items() if k != "num_steps"} | {"respacing": tree["num_steps"]}
 
     @model_validator(mode="after")
     def _eta_is_heard(self) -> SamplingConfig:
@@ -224,6 +252,20 @@ class RunConfig(Section):
     train: TrainConfig
     engine: EngineConfig = EngineConfig()
     tracking: TrackingConfig = TrackingConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _old_grids_fit(cls, tree: Any) -> Any:
+        """`num_steps`, the old key, meant that many steps or all there are."""
+        try:
+            grid, num_timesteps = tree["train"]["sample_grid"], tree.get("diffusion", {}).get("num_timesteps", 4000)
+            if "num_steps" in grid and "respacing" not in grid:
+                steps = min(int(grid["num_steps"]), int(num_timesteps))
+                grid = {k: v for k, v in grid.items() if k != "num_steps"} | {"respacing": steps}
+                return tree | {"train": tree["train"] | {"sample_grid": grid}}
+        except (KeyError, TypeError, ValueError, AttributeError):
+            pass  # no such tree: the fields' own errors say it better
+        return tree
 
     @model_validator(mode="after")
     def _samples_can_be_made(self) -> RunConfig:

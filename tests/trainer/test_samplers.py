@@ -17,7 +17,7 @@ from data_pipeline.errors import UserError
 from trainer.config import DiffusionConfig, load_config
 from trainer.diffusion.gaussian import GaussianDiffusion
 from trainer.diffusion.noise import SampleNoise
-from trainer.diffusion.samplers import SAMPLERS, ancestral, ddim, to_uint8
+from trainer.diffusion.samplers import SAMPLERS, ddim, to_uint8
 from trainer.sampling import check_cascade, sample, sample_cascade
 
 FIXED = DiffusionConfig(num_timesteps=200, variance="fixed_small", objective="simple", rescale_timesteps=False)
@@ -29,7 +29,7 @@ def test_samplers_reach_the_moments_of_gaussian_data(name: str, eta: float | Non
     process = GaussianDiffusion.create(FIXED, "cpu", respacing)
     noise = SampleNoise(range(64), (3, 16, 16))
     options = {} if eta is None else {"eta": eta}
-    samples = SAMPLERS[name](exact_denoiser(process), noise(), process, noise=noise, clip=False, **options)
+    samples = SAMPLERS[name](exact_denoiser(FIXED), noise(), process, noise=noise, clip=False, **options)
     mean, std = sampled_moments(process, eta)
     error = std / math.sqrt(samples.numel())
     assert float(samples.mean()) == pytest.approx(mean, abs=4 * error)
@@ -48,29 +48,37 @@ def test_expected_moments_approach_the_data_with_more_steps(eta: float | None) -
     assert errors[2] < 0.002
 
 
+def double_samples(config: DiffusionConfig, name: str, respacing: str, **options: float) -> Tensor:
+    """Four samples of the perfect network in float64, from the same x_T and noise whatever the config."""
+    noise = SampleNoise(range(4), (3, 4, 4))
+    process = GaussianDiffusion.create(config, "cpu", respacing)
+    return SAMPLERS[name](exact_denoiser(config), noise().double(), process, noise=noise, clip=False, **options)
+
+
+@pytest.mark.parametrize("respacing", ["200", "20", "ddim50", "quadratic30"])
+@pytest.mark.parametrize("name", ["ancestral", "ddim"])
 @pytest.mark.parametrize("kind", ["x0", "v", "previous_mean"])
-def test_samplers_read_every_parameterisation(kind: Any) -> None:
-    """The same x_T and noise lead to the same images, whatever the network predicts."""
-    images = []
-    for prediction in ("eps", kind):
-        config = FIXED.model_copy(update={"prediction": prediction})
-        process = GaussianDiffusion.create(config, "cpu", "20")
-        for sampler in (ancestral, ddim):
-            noise = SampleNoise(range(4), (3, 4, 4))
-            images.append(sampler(exact_denoiser(process), noise().double(), process, noise=noise, clip=False))
-    torch.testing.assert_close(images[0], images[2], rtol=0, atol=1e-6)  # ancestral
-    torch.testing.assert_close(images[1], images[3], rtol=0, atol=1e-6)  # ddim
+def test_samplers_read_every_parameterisation(kind: Any, name: str, respacing: str) -> None:
+    """A network trained on all steps leads to the same images whatever it predicts, on any respacing."""
+    expected = double_samples(FIXED, name, respacing)
+    found = double_samples(FIXED.model_copy(update={"prediction": kind}), name, respacing)
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("respacing", ["200", "20", "ddim50", "quadratic30"])
+def test_learned_variances_mean_the_same_on_any_respacing(respacing: str) -> None:
+    samples = [
+        double_samples(
+            DiffusionConfig(num_timesteps=200, variance=variance, rescale_timesteps=False), "ancestral", respacing
+        )
+        for variance in ("learned", "learned_range")
+    ]  # type: ignore[arg-type]
+    torch.testing.assert_close(samples[0], samples[1], rtol=0, atol=1e-6)
 
 
 def test_ddim_with_eta_one_is_ancestral_with_the_small_variance() -> None:
-    process = GaussianDiffusion.create(FIXED, "cpu", "25")
-    images = []
-    for name, options in (("ancestral", {}), ("ddim", {"eta": 1.0})):
-        noise = SampleNoise(range(4), (3, 4, 4))
-        x = noise().double()
-        images.append(SAMPLERS[name](exact_denoiser(process), x, process, noise=noise, clip=False, **options))
-    # All steps but the second are the same; there `fixed_small` has its own variance, ddim the same as well.
-    torch.testing.assert_close(images[0], images[1], rtol=0, atol=1e-6)
+    ancestral_images = double_samples(FIXED, "ancestral", "25")
+    torch.testing.assert_close(ancestral_images, double_samples(FIXED, "ddim", "25", eta=1.0), rtol=0, atol=1e-6)
 
 
 def test_deterministic_ddim_draws_nothing() -> None:
@@ -79,7 +87,7 @@ def test_deterministic_ddim_draws_nothing() -> None:
     def nothing() -> Tensor:
         raise AssertionError("noise was drawn")
 
-    ddim(exact_denoiser(process), torch.zeros(2, 3, 4, 4), process, noise=nothing)
+    ddim(exact_denoiser(FIXED), torch.zeros(2, 3, 4, 4), process, noise=nothing)
 
 
 # ---- noise ------------------------------------------------------------------------------------------------------
@@ -110,7 +118,7 @@ def test_background_draws_are_never_overwritten() -> None:
 # ---- networks ---------------------------------------------------------------------------------------------------
 
 
-# Stated in the README: how far a sample's pixels may move, in grey levels, with the batch it is made in. Convolutions
+# Stated in docs/diffusion.md: how far a sample's pixels may move, in grey levels, with the batch it is made in. Convolutions
 # and attention round differently for other batch sizes; nothing else may differ.
 TOLERANCE = 1
 

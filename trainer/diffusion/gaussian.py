@@ -2,6 +2,9 @@
 
 Images are [B, C, H, W] in [-1, 1], float32 (or float64, which everything here then keeps); t is [B] int64 in
 0 .. T-1. The network may run in whatever precision: its output is read in the images'.
+
+A respaced process visits only some of the steps that the network was trained on. What a network says about x_0 or eps
+holds on any of them; a mean or a variance of x_{t-1} is that of the network's own process, and is translated.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainer.config import DiffusionConfig, Quantity
+from trainer.config import DiffusionConfig, Quantity, Variance
 from trainer.diffusion.likelihoods import discretized_log_likelihood, mean_bits, normal_kl
 from trainer.diffusion.schedules import Schedule, make_schedule
 
@@ -35,8 +38,9 @@ class GaussianDiffusion:
     """One process: its tables and how the network's output is to be read."""
 
     schedule: Schedule
+    trained: Schedule  # of the whole process, the network's own; the same one unless respaced
     prediction: Quantity
-    variance: str  # "learned_range", "learned", "fixed_small" or "fixed_large"
+    variance: Variance
     rescale_timesteps: bool
 
     @classmethod
@@ -44,8 +48,10 @@ class GaussianDiffusion:
         cls, config: DiffusionConfig, device: torch.device | str = "cpu", respacing: str | None = None
     ) -> GaussianDiffusion:
         """The process of a config; `respacing` picks a shorter one (see `space_timesteps`)."""
+        trained = make_schedule(config.schedule, config.num_timesteps, str(device))
         schedule = make_schedule(config.schedule, config.num_timesteps, str(device), respacing)
-        return cls(schedule, config.prediction, config.variance, config.rescale_timesteps)
+        schedule = trained if schedule.num_timesteps == trained.num_timesteps else schedule
+        return cls(schedule, trained, config.prediction, config.variance, config.rescale_timesteps)
 
     @property
     def num_timesteps(self) -> int:
@@ -88,8 +94,8 @@ class GaussianDiffusion:
             return alpha * x_t - sigma * value, sigma * x_t + alpha * value
         x0 = value
         if kind == "previous_mean":
-            s = self.schedule
-            x0 = (value - s.gather(s.posterior_mean_xt, t, x_t) * x_t) / s.gather(s.posterior_mean_x0, t, x_t)
+            on_x0, on_xt = self._trained_mean(t, x_t)
+            x0 = (value - on_xt * x_t) / on_x0
         return x0, (x_t - alpha * x0) / sigma
 
     def quantity(self, kind: Quantity, x0: Tensor, eps: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
@@ -99,23 +105,31 @@ class GaussianDiffusion:
         if kind == "x0":
             return x0
         if kind == "previous_mean":
-            return self.q_posterior(x0, x_t, t)[0]
+            on_x0, on_xt = self._trained_mean(t, x_t)
+            return on_x0 * x0 + on_xt * x_t
         alpha, sigma = self.signal_and_noise(t, x_t)
         return alpha * eps - sigma * x0
+
+    def _trained_mean(self, t: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Weights of x_0 and x_t in the mean of x_{t-1} that the network was trained on, each [B, 1, 1, 1]."""
+        own, step = self.trained, self.schedule.timestep_map[t]
+        return own.gather(own.posterior_mean_x0, step, like), own.gather(own.posterior_mean_xt, step, like)
 
     def predict(self, output: Tensor, x_t: Tensor, t: Tensor, *, clip: bool) -> Prediction:
         """Read the network's output: the predicted quantity and, where learned, the variance, side by side.
 
         `clip` bounds the implied x_0 to [-1, 1] (evaluation and sampling; training uses the bare one), and with it
-        eps and the mean. A mean that the network itself predicts stays as it is.
+        eps and the mean. A mean that the network itself predicts stays as it is, unless the process is respaced.
         """
+        output = output.to(x_t.dtype)
         learned = self.variance in ("learned_range", "learned")
         value, raw_variance = output.chunk(2, dim=1) if learned else (output, None)
         x0, eps = self.x0_and_eps(self.prediction, value, x_t, t)
         if clip:
             x0 = x0.clamp(-1, 1)
             eps = self.x0_and_eps("x0", x0, x_t, t)[1]
-        mean = value if self.prediction == "previous_mean" else self.q_posterior(x0, x_t, t)[0]
+        said = self.prediction == "previous_mean" and self.schedule is self.trained
+        mean = value if said else self.q_posterior(x0, x_t, t)[0]
         return Prediction(mean, self._log_variance(raw_variance, x_t, t), x0, eps)
 
     def _log_variance(self, raw: Tensor | None, x_t: Tensor, t: Tensor) -> Tensor:
@@ -123,7 +137,7 @@ class GaussianDiffusion:
         s = self.schedule
         smallest, largest = s.gather(s.posterior_log_variance, t, x_t), s.gather(s.log_betas, t, x_t)
         if raw is not None and self.variance == "learned":
-            return raw
+            return raw if self.schedule is self.trained else self._translated(raw, t)
         if raw is not None:
             fraction = (raw + 1) / 2  # the network speaks in [-1, 1] (Nichol & Dhariwal 2021, eq. 15)
             return torch.lerp(smallest, largest, fraction)
@@ -131,6 +145,16 @@ class GaussianDiffusion:
             return smallest.expand_as(x_t)
         # beta, with the first step's replaced by the posterior's: the published choice, for a better decoder
         return s.gather(s.fixed_large_log_variance, t, x_t).expand_as(x_t)
+
+    def _translated(self, raw: Tensor, t: Tensor) -> Tensor:
+        """A log variance of the network's own process as one of this shorter process: as far between its bounds."""
+        s, own, step = self.schedule, self.trained, self.schedule.timestep_map[t]
+        own_smallest = own.gather(own.posterior_log_variance, step, raw)
+        own_width = own.gather(own.log_betas - own.posterior_log_variance, step, raw)
+        fraction = ((raw - own_smallest) / own_width).clamp(0, 1)
+        smallest, largest = s.gather(s.posterior_log_variance, t, raw), s.gather(s.log_betas, t, raw)
+        first = (t == 0).view(-1, *[1] * (raw.ndim - 1))  # x_0 given x_1, in both processes
+        return torch.where(first, raw, torch.lerp(smallest, largest, fraction))
 
     # ---- the bound ------------------------------------------------------------------------------------------------
 
