@@ -381,7 +381,9 @@ def _explain(schema: type[Section], item: dict[str, Any]) -> str:
     if item["type"] == "missing":
         return f"{path}: missing; set it in the file or as {path}=VALUE."
     if item["type"] == "value_error":
-        return str(item["ctx"]["error"])  # our own validators name key, value and remedy themselves
+        text = str(item["ctx"]["error"])  # our own validators name key, value and remedy themselves ...
+        # ... but those of a section with several places cannot know where it stands.
+        return text if not location or f"{location[0]}." in text else f"{path}.{text}"
     return f"{path}={item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}."
 
 

@@ -292,20 +292,24 @@ class Run:
         grid, picture = self.config.train.sample_grid, self.folder.samples / f"{export.name}.png"
         if grid.num_images and not picture.exists():
             network = open_export(export).network("ema").to(self.processes.device)
+            low_res, labels = self._examples(grid.num_images)
             images = sample(
                 Stage(network, self.config, grid), range(grid.num_images),
-                low_res=self._low_res_examples(grid.num_images), device=self.processes.device,
+                labels=labels, low_res=low_res, device=self.processes.device,
             )  # fmt: skip
             save_grid(images, picture)
 
-    def _low_res_examples(self, num_images: int) -> Tensor | None:
-        """The data's first images, made small: what a super-resolution network's samples start from."""
+    def _examples(self, num_images: int) -> tuple[Tensor | None, list[int] | None]:
+        """What a super-resolution network's samples start from: the data's first images, made small, and their classes.
+
+        (None, None) for other networks.
+        """
         size = self.config.model.low_res_size
         if not size:
-            return None
-        images, _ = self.dataset.read(torch.arange(num_images).numpy())
+            return None, None
+        images, labels = self.dataset.read(torch.arange(num_images).numpy() % len(self.dataset))
         x0 = torch.from_numpy(images).to(self.processes.device).float() / 127.5 - 1
-        return downsample(x0, size)
+        return downsample(x0, size), labels.tolist()
 
     def stopped(self, stop: StopRequest) -> int:
         if self.processes.is_main:

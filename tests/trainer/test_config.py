@@ -8,6 +8,7 @@ import pytest
 
 from data_pipeline.errors import ConfigError
 from trainer.config import RunConfig, load_config, save_config
+from trainer.run_folder import check_same_run
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = sorted((ROOT / "configs" / "runs").rglob("*.yaml"))
@@ -51,10 +52,12 @@ def test_a_budget_on_the_command_line_replaces_the_other_kind(tiny_config: Path)
         ("diffusion.variance=fixed_large", ["diffusion.variance=fixed_large", "learned_range"]),
         ("diffusion.prediction=score", ["diffusion.prediction='score'", "'eps', 'x0', 'v' or 'previous_mean'"]),
         ("diffusion.vlb_weight=some", ["diffusion.vlb_weight='some'", "'rescaled' or 'unrescaled'", "valid number"]),
+        ("diffusion.vlb_weight=inf", ["diffusion.vlb_weight='inf'", "finite"]),
+        ("train.sample_grid.respacing=true", ["train.sample_grid.respacing=True", "valid string"]),
         ("diffusion.vlb_weight=-1", ["diffusion.vlb_weight=-1", "greater than 0"]),
         ("train.sample_grid={num_images: 4, respacing: ddim33}", ["train.sample_grid.respacing", "ddim25 or ddim34"]),
         ("train.sample_grid={num_images: 4, respacing: 101}", ["train.sample_grid.respacing", "100 or fewer"]),
-        ("train.sample_grid={sampler: ancestral, eta: 0.5}", ["eta=0.5", "sampler=ancestral"]),
+        ("train.sample_grid={sampler: ancestral, eta: 0.5}", ["train.sample_grid.eta=0.5", "sampler=ancestral"]),
         ("train.sample_grid.eta=2", ["train.sample_grid.eta=2"]),
         ("train.class_dropout=0.1", ["train.class_dropout=0.1", "model.null_class=true"]),
         ("engine.zero_stage=4", ["engine.zero_stage=4"]),
@@ -88,6 +91,30 @@ def test_a_circle_of_bases_is_refused(tmp_path: Path) -> None:
     (tmp_path / "b.yaml").write_text("base: a.yaml")
     with pytest.raises(ConfigError, match="circle"):
         load_config(tmp_path / "a.yaml")
+
+
+def test_configs_written_before_keys_had_their_names(tiny_config: Path, tmp_path: Path) -> None:
+    """Runs and exports hold their config: what they were made with is still read, and means what it meant."""
+    text = save_and_read(load_config(tiny_config), tmp_path / "new.yaml")
+    for number, name in (("0.001", "rescaled"), ("0.01", "unrescaled"), ("0.5", 0.5)):  # T is 100
+        (tmp_path / "old.yaml").write_text(text.replace("vlb_weight: rescaled", f"vlb_weight: {number}"))
+        assert load_config(tmp_path / "old.yaml").diffusion.vlb_weight == name
+    for steps, respacing in (("25", "25"), ("250", "100")):
+        (tmp_path / "old.yaml").write_text(text.replace("respacing: '50'", f"num_steps: {steps}"))
+        assert load_config(tmp_path / "old.yaml").train.sample_grid.respacing == respacing
+    old = load_config(tmp_path / "old.yaml")
+    check_same_run(old, load_config(tiny_config), tmp_path)  # it can be continued
+
+
+def save_and_read(config: RunConfig, path: Path) -> str:
+    save_config(config, path)
+    return path.read_text()
+
+
+def test_the_old_name_of_respacing_beside_the_new_one_is_explained(tiny_config: Path) -> None:
+    assert load_config(tiny_config, ["train.sample_grid.num_steps=7"]).train.sample_grid.respacing == "7"
+    with pytest.raises(ConfigError, match=r"train\.sample_grid\.num_steps=7: this key is named respacing now"):
+        load_config(tiny_config, ["train.sample_grid.respacing=50", "train.sample_grid.num_steps=7"])
 
 
 def test_missing_sections_are_listed(tmp_path: Path) -> None:

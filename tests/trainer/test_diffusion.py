@@ -105,6 +105,15 @@ def test_clipping_bounds_x0_and_keeps_eps_consistent(kind: Quantity) -> None:
     torch.testing.assert_close(found.mean, expected)
 
 
+@pytest.mark.parametrize("variance", ["learned_range", "learned"])
+def test_the_output_is_read_in_the_images_type(variance: Any) -> None:
+    process, t = GaussianDiffusion.create(DiffusionConfig(num_timesteps=100, variance=variance)), torch.tensor([5, 50])
+    x_t, output = torch.randn(2, 3, 4, 4), torch.randn(2, 6, 4, 4)
+    for images, said in ((torch.float32, torch.bfloat16), (torch.float64, torch.float32)):
+        found = process.predict(output.to(said), x_t.to(images), t, clip=True)
+        assert {tensor.dtype for tensor in vars(found).values()} == {images}
+
+
 def test_variances() -> None:
     t, x = torch.tensor([0, 30, 99]), torch.zeros(3, 3, 2, 2)
 

@@ -71,6 +71,14 @@ def test_class_dropout_replaces_its_share_of_labels(tiny_config: Path) -> None:
     assert (given >= 0).all()
 
 
+def test_dropping_is_independent_of_everything_else(tiny_config: Path) -> None:
+    batches = [made(tiny_config, *CLASSES, "train.class_dropout=0.5", nimg=8 * i) for i in range(60)]
+    dropped = torch.cat([b.labels for b in batches]) == NO_LABEL
+    others = {"u": torch.cat([b.u for b in batches]), "noise": torch.cat([b.noise[:, 0, 0, 0] for b in batches])}
+    for name, other in others.items():  # 480 images: a correlation of chance stays below 3.5 / sqrt(480) = 0.16
+        assert abs(float(np.corrcoef(dropped.numpy(), other.numpy())[0, 1])) < 0.16, name
+
+
 def test_class_dropout_needs_a_null_class(tiny_config: Path) -> None:
     with pytest.raises(ConfigError, match=r"model\.null_class=true"):
         load_config(tiny_config, ["model.num_classes=4", "train.class_dropout=0.1"])
