@@ -12,10 +12,18 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
+from PIL import Image
 from ranks import ROOT, run_ranks, start_ranks
 
+from data_pipeline.dataset import ShardDataset
+from trainer.export import open_export
+from trainer.grid import save_grid
+from trainer.loop import downsample
 from trainer.ports import free_port
+from trainer.sampling import Stage, sample
 from trainer.tracking.records import read_train_records
 
 BIN = Path(sys.executable).parent
@@ -187,3 +195,26 @@ def test_a_dead_launcher_takes_its_ranks_down(tiny_config: Path, tmp_path: Path)
     launcher.wait()
     wait_for(lambda: not Path(f"/proc/{child}").exists(), seconds=40)
     assert list((folder / "checkpoints").glob("0*"))  # it saved before it went
+
+
+def test_an_upsamplers_grid_enlarges_the_first_images_with_their_own_classes(tiny_config: Path, tmp_path: Path) -> None:
+    for number in range(8):
+        path = tmp_path / "photos" / ("cat" if number < 6 else "dog") / f"{number}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(np.random.default_rng(number).integers(0, 256, (16, 16, 3), dtype=np.uint8)).save(path)
+    done = run(sys.executable, "-m", "data_pipeline.prepare", "folder", "--from", str(tmp_path / "photos"),
+               "--out", str(tmp_path / "data"), "--size", "16")  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    folder = tmp_path / "run"
+    settings = ["model.low_res_size=8", "model.num_classes=2", "train.budget_images=8", "train.export_images=[]",
+                "train.sample_grid={num_images: 4, respacing: 3}"]  # fmt: skip
+    data = f"data.train={tmp_path / 'data' / 'train'}"
+    run_ranks(["trainer/run.py", "--config", str(tiny_config), f"run.folder={folder}", data, *settings], 1)
+    export = open_export(folder / "exports" / "000000000008")
+    torch.set_num_threads(1)
+    images, labels = ShardDataset(tmp_path / "data" / "train").read(np.arange(4))
+    assert labels.tolist() != [0, 1, 0, 1]
+    low_res = downsample(torch.from_numpy(images).float() / 127.5 - 1, 8)
+    stage = Stage(export.network("ema"), export.config, export.config.train.sample_grid)
+    save_grid(sample(stage, range(4), labels=labels.tolist(), low_res=low_res), tmp_path / "expected.png")
+    assert (folder / "samples" / "000000000008.png").read_bytes() == (tmp_path / "expected.png").read_bytes()
