@@ -263,9 +263,14 @@ def main() -> int:
     options = parser.parse_args()
     device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     default = ",".join(PRESETS if device.type == "cuda" else CPU_PRESETS)
-    presets = chosen(options.presets or default, tuple(PRESETS), "--presets")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError("--device cuda: torch sees no CUDA GPU here; use --device cpu.")
+    presets = chosen(default if options.presets is None else options.presets, tuple(PRESETS), "--presets")
     precisions = chosen(options.precisions, tuple(DTYPES), "--precisions")
     peers = chosen(options.peers, ["diffusers"], "--peers")
+    for option, names, known in (("--presets", presets, PRESETS), ("--precisions", precisions, DTYPES)):
+        if not names:
+            raise UserError(f"{option} names nothing to measure; choose from {', '.join(known)}.")
     if options.steps < 1:
         raise UserError(f"--steps {options.steps} measures nothing; use 1 or more.")
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True  # for all contenders

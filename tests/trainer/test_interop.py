@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import pickle
 import sys
+import tracemalloc
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,7 +23,7 @@ from trainer.interop.__main__ import main, parse_arguments
 from trainer.interop.convert import export_checkpoint, import_checkpoint, meta_network
 from trainer.interop.format import FileName
 from trainer.interop.presets import find_preset
-from trainer.interop.pt_files import read_pt
+from trainer.interop.pt_files import read_pt, write_pt
 from trainer.models import build_model
 
 SMALL = """
@@ -413,6 +415,34 @@ def test_a_truncated_file_is_called_damaged(tmp_path: Path, zipped: bool, share:
         read_pt(path)
 
 
+def test_a_flipped_byte_is_found_and_its_place_named(tmp_path: Path) -> None:
+    path = save({"out.2.bias": torch.zeros(1000), "out.2.weight": torch.zeros(1000)}, tmp_path / "x.pt")
+    content = bytearray(path.read_bytes())
+    with zipfile.ZipFile(path) as archive:
+        member = next(m for m in archive.infolist() if m.filename.endswith("data/1"))
+    content[member.header_offset + 1000] ^= 1
+    path.write_bytes(content)
+    assert torch.load(path, weights_only=True).keys() == {"out.2.bias", "out.2.weight"}  # torch takes it
+    with pytest.raises(UserError, match=rf"x\.pt is damaged: {member.filename} in it fails its checksum; copy"):
+        read_pt(path)
+
+
+def test_no_flipped_byte_changes_the_weights_unseen(tmp_path: Path) -> None:
+    tensors, path = {"a": torch.arange(4.0), "b": torch.ones(2, 3)}, tmp_path / "x.pt"
+    content = save(tensors, path).read_bytes()
+    refused = 0
+    for place in range(len(content)):
+        path.write_bytes(content[:place] + bytes([content[place] ^ 16]) + content[place + 1 :])
+        try:
+            found = read_pt(path)
+        except UserError:
+            refused += 1
+        else:  # a byte that says nothing: padding, a time
+            assert found.keys() == tensors.keys()
+            assert all(torch.equal(found[key], tensors[key]) for key in tensors), place
+    assert refused > len(content) // 3
+
+
 def optimizer_state() -> Any:
     parameter = torch.nn.Parameter(torch.zeros(2))
     parameter.grad = torch.ones(2)
@@ -428,7 +458,7 @@ def optimizer_state() -> Any:
         ({"state_dict": {"out.2.bias": torch.zeros(6)}}, r"'state_dict': dict; expected a plain state dict"),
         ([torch.zeros(6)], "holds a list"),
         ({"out.2.bias": torch.zeros(6, dtype=torch.int64)}, r"out\.2\.bias is int64.*expected dense float32"),
-        ({"out.2.bias": torch.zeros(6, dtype=torch.float64)}, r"out\.2\.bias is float64"),
+        ({"out.2.bias": torch.zeros(6, dtype=torch.float64)}, r"out\.2\.bias is float64.*\.float\(\) on each"),
         ({"out.2.bias": torch.zeros(6).to_sparse()}, r"out\.2\.bias is float32 sparse"),
         ({"out.2.bias": torch.zeros(6, device="meta")}, r"out\.2\.bias is .* on meta"),
     ],
@@ -444,6 +474,26 @@ def test_missing_files_and_folders_are_named(tmp_path: Path) -> None:
         read_pt(tmp_path / "gone.pt")
     with pytest.raises(UserError, match="is a folder"):
         read_pt(tmp_path)
+
+
+@pytest.mark.parametrize("names", [("gone.pt", None), ("model10.pt", "gone.pt")])
+def test_a_missing_file_is_told_before_anything_about_names(
+    small: Path, tmp_path: Path, names: tuple[str, str | None]
+) -> None:
+    (tmp_path / "model10.pt").touch()
+    first, second = (None if name is None else tmp_path / name for name in names)
+    assert first is not None
+    with pytest.raises(UserError, match=r"gone\.pt is not there"):
+        import_checkpoint(first, tmp_path / "out", load_config(small, TWO_LEVELS), model=second)
+
+
+def test_a_place_below_a_file_is_refused(small: Path, tmp_path: Path) -> None:
+    path = save(random_state(THEIR_SHAPES), tmp_path / "ema_0.9999_10.pt")
+    with pytest.raises(UserError, match=r"--out .*10\.pt/a/b: .*10\.pt is a file, not a folder"):
+        import_checkpoint(path, path / "a" / "b", load_config(small, TWO_LEVELS))
+    export = our_export(tmp_path / "export", load_config(small), kinds=("ema",))
+    with pytest.raises(UserError, match=r"--out .*10\.pt/x\.pt: .*10\.pt is a file, not a folder"):
+        export_checkpoint(export.path, path / "x.pt")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -512,6 +562,14 @@ def test_hints_name_the_setting(small: Path, tmp_path: Path, override: list[str]
     text = misfit(random_state(THEIR_SHAPES), load_config(small, [*TWO_LEVELS, *override]), tmp_path)
     assert said in text
     assert text.count("the file's network has") == 1
+
+
+def test_the_prefix_of_a_wrapped_network_is_told_with_its_remedy(small: Path, tmp_path: Path) -> None:
+    state = {f"module.{key}": tensor for key, tensor in random_state(THEIR_SHAPES).items()}
+    text = misfit(state, load_config(small, TWO_LEVELS), tmp_path)
+    assert "all keys start with 'module.'" in text
+    assert "key.removeprefix('module.')" in text
+    assert "missing" not in text
 
 
 def test_a_file_of_another_code_base_is_told_plainly(small: Path, tmp_path: Path) -> None:
@@ -595,6 +653,30 @@ def test_two_files_must_be_of_one_moment_and_of_two_kinds(small: Path, tmp_path:
         import_checkpoint(ema, tmp_path / "out", config, model=later)
     with pytest.raises(UserError, match="holds the bare weights, and so does --model"):
         import_checkpoint(later, tmp_path / "out", config, model=later)
+
+
+# Files that we write
+
+
+def test_a_file_is_written_without_a_copy_in_memory(tmp_path: Path) -> None:
+    tensors = {str(number): torch.zeros(1 << 18) for number in range(16)}  # 1 MiB each
+    tracemalloc.start()  # sees Python's buffers, not torch's
+    write_pt(tmp_path / "new" / "x.pt", tensors)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 << 20
+    assert read_pt(tmp_path / "new" / "x.pt").keys() == tensors.keys()
+
+
+def test_a_file_exists_completely_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_: object, file: Any) -> None:
+        file.write(b"a part")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(OSError, match="No space"):
+        write_pt(tmp_path / "x.pt", {})
+    assert list(tmp_path.iterdir()) == []
 
 
 # What their programs are told
@@ -685,6 +767,25 @@ def test_the_command_line_there_and_back(
     assert all(torch.equal(back[key], state[key]) for key in state)
     with pytest.raises(UserError, match=r"back\.pt is there already"):
         run_main(monkeypatch, "export", tmp_path / "out", "--out", tmp_path / "back.pt")
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "advice"),
+    [
+        ("ema_0.9999_10.pt", "unconditional", "evaluation.evaluate {out} --data SPLIT"),
+        ("model10.pt", "unconditional", "evaluation.evaluate {out} --data SPLIT --weights model"),
+        ("ema_0.9999_10.pt", "upsampler", "evaluation.sample BASE {out} --out samples.npz"),
+        ("model10.pt", "upsampler", "evaluation.sample BASE {out} --out samples.npz --weights model"),
+    ],
+)
+def test_the_advice_suits_the_network(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    name: str, kind: str, advice: str,
+) -> None:  # fmt: skip
+    config, out = load_config(small, KINDS[kind]), tmp_path / "out"
+    state = random_state({p.theirs: p.shape for p in improved_diffusion.pairs(meta_network(config))})
+    run_main(monkeypatch, "import", save(state, tmp_path / name), "--preset", small, "--out", out, *KINDS[kind])
+    assert capsys.readouterr().err.endswith(f": python -m {advice.format(out=out)}\n")
 
 
 @pytest.mark.parametrize(

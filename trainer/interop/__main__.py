@@ -61,7 +61,10 @@ def main() -> int:
         what = f"{' and '.join(kinds)} weights, {info['num_params']:,} parameters, {info['nimg']:,} images seen"
         print(f"{a.out}: {config.name}, {what}")
         weights = "" if "ema" in kinds else " --weights model"
-        print(f"evaluate it: python -m evaluation.evaluate {a.out} --data SPLIT{weights}", file=sys.stderr)
+        advice = f"evaluate it: python -m evaluation.evaluate {a.out} --data SPLIT{weights}"
+        if config.model.low_res_size:  # makes images from those of a base network only
+            advice = f"sample it: python -m evaluation.sample BASE {a.out} --out samples.npz{weights}"
+        print(advice, file=sys.stderr)
     else:
         flags = export_checkpoint(a.export, a.out, weights=a.weights, format_name=a.format)
         print(f"{a.out}: the {a.weights} weights of {a.export}", file=sys.stderr)

@@ -17,11 +17,12 @@ from trainer.export import Weights, export_info, open_export, save_export
 from trainer.interop import FORMATS
 from trainer.interop.format import FileName, Format, Pair, Shape
 from trainer.interop.presets import find_preset, preset_names
-from trainer.interop.pt_files import read_pt, write_pt
+from trainer.interop.pt_files import check_is_file, read_pt, write_pt
 from trainer.models import build_model, count
 from trainer.models.unet import UNet
 
 UNKNOWN_DATA = "unknown"  # stands for the fingerprint of the training data
+WRAPPER = "module."  # what DataParallel puts before every key
 MAX_LISTED = 20  # keys of a kind in an error message
 
 
@@ -45,13 +46,17 @@ def import_checkpoint(
     `images`: images seen in training; by default the iterations in the file's name times train.global_batch.
 
     Raises:
-        UserError: `out` is there already, a file is damaged or does not fit the config (every key is listed), a value
-            is not finite, or the number of images is not known.
+        UserError: `out` is there already or below a file, a checkpoint is missing, damaged or does not fit the config
+            (every key is listed), a value is not finite, or the number of images is not known.
     """
     form = FORMATS[format_name]
     out = out.resolve()
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UserError(f"--out {out} is there already and not empty; name a new folder.")
+    _check_parents(out)
+    for path in (checkpoint, model):
+        if path is not None:
+            check_is_file(path)
     sources = _sources(checkpoint, model, form)
     nimg = images if images is not None else _images_seen(sources, config)
     network = meta_network(config)
@@ -81,12 +86,13 @@ def export_checkpoint(
     """Write an export's weights as another code base's checkpoint; the lines are the flags that its programs need.
 
     Raises:
-        UserError: no export there, no such weights in it, or `out` is there already.
+        UserError: no export there, no such weights in it, or `out` is there already or below a file.
         ConfigError: the other code base cannot express the network; lists why.
     """
     form = FORMATS[format_name]
     if out.exists():
         raise UserError(f"--out {out} is there already; name a new file.")
+    _check_parents(out)
     export = open_export(export_path)
     export.check_holds(weights)
     flags = form.flags(export.config)
@@ -102,6 +108,13 @@ def meta_network(config: RunConfig) -> UNet:
         network = build_model(config.model, config.diffusion)
     assert isinstance(network, UNet)
     return network
+
+
+def _check_parents(out: Path) -> None:
+    """Raises UserError where `out` would lie below a file."""
+    for parent in out.parents:
+        if parent.exists() and not parent.is_dir():
+            raise UserError(f"--out {out}: {parent} is a file, not a folder; choose another place.")
 
 
 def _sources(checkpoint: Path, model: Path | None, form: Format) -> list[Source]:
@@ -144,6 +157,11 @@ def _check_fit(
     found = {key: tuple(tensor.shape) for key, tensor in tensors.items()}
     if found == expected:
         return
+    if found and all(key.startswith(WRAPPER) for key in found):
+        raise UserError(
+            f"{path}: all keys start with {WRAPPER!r}, as DataParallel names them. Strip it and save the file again: "
+            f"torch.save({{key.removeprefix({WRAPPER!r}): value for key, value in state.items()}}, path)."
+        )
     lists = {
         "missing": [key for key in expected if key not in found],
         "unexpected": [key for key in found if key not in expected],

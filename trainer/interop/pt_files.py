@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import io
+import errno
+import os
 import re
 import zipfile
 from collections.abc import Mapping
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import UserError
-from data_pipeline.files import write_atomic
+from data_pipeline.files import fsync_file
 
 FLOATS = (torch.float32, torch.float16, torch.bfloat16)  # what float32 holds exactly
 
@@ -26,23 +27,46 @@ def read_pt(path: Path) -> dict[str, Tensor]:
     Raises:
         UserError: no such file; it is damaged, asks for code, or holds something else than named dense float tensors.
     """
-    if not path.is_file():
-        raise UserError(f"{path} is {'a folder' if path.is_dir() else 'not there'}; name a .pt file of weights.")
+    check_is_file(path)
     try:
-        # Only the zip layout (torch >= 1.6) can be mapped; mapping is what keeps a large file out of memory.
-        content = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except OSError:
-        raise
-    except Exception as error:  # a damaged pickle can fail in any way
+        zipped = zipfile.is_zipfile(path)  # the layout since torch 1.6; the one before has no checksums
+        damaged = _damaged_member(path) if zipped else None
+        # Only the zip layout can be mapped; mapping is what keeps a large file out of memory.
+        content = None if damaged else torch.load(path, map_location="cpu", weights_only=True, mmap=zipped)
+    except Exception as error:  # a damaged file can fail in any way, even as EINVAL: a seek to nowhere
+        if isinstance(error, OSError) and error.errno != errno.EINVAL:
+            raise
         raise UserError(_refusal(path, error)) from None
+    if damaged:
+        raise UserError(f"{path} is damaged: {damaged} in it fails its checksum; copy the file again from its source.")
     return _tensors(path, content)
 
 
+def check_is_file(path: Path) -> None:
+    """Raises UserError where there is no file."""
+    if not path.is_file():
+        raise UserError(f"{path} is {'a folder' if path.is_dir() else 'not there'}; name a .pt file of weights.")
+
+
 def write_pt(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write a plain state dict, atomically."""
-    buffer = io.BytesIO()
-    torch.save(dict(tensors), buffer)
-    write_atomic(path, buffer.getvalue())
+    """Write a plain state dict, completely or not at all, without a copy of it in memory."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.tmp-{os.getpid()}")
+    try:
+        with open(temporary, "wb") as file:
+            torch.save(dict(tensors), file)
+        fsync_file(temporary)
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_file(path.parent)
+
+
+def _damaged_member(path: Path) -> str | None:
+    """The first member of the zip file that fails its checksum, which torch does not look at."""
+    with zipfile.ZipFile(path) as archive:
+        return archive.testzip()
 
 
 def _refusal(path: Path, error: Exception) -> str:
@@ -72,6 +96,7 @@ def _tensors(path: Path, content: Any) -> dict[str, Tensor]:
             raise UserError(f"{path} holds {key!r}: {type(value).__name__}; expected a plain state dict of tensors.")
         if value.layout != torch.strided or value.device.type != "cpu" or value.dtype not in FLOATS:
             kind = f"{value.dtype} {value.layout} on {value.device}".replace("torch.", "")
-            raise UserError(f"{path}: {key} is {kind}; expected dense float32, float16 or bfloat16.")
+            remedy = " Call .float() on each tensor and save the file again." if value.dtype == torch.float64 else ""
+            raise UserError(f"{path}: {key} is {kind}; expected dense float32, float16 or bfloat16.{remedy}")
         tensors[key] = value.detach()
     return tensors
