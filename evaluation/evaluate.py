@@ -36,6 +36,7 @@ from evaluation.nll import Mode, estimate_nll
 from evaluation.nll_plan import check_num_calls
 from trainer.config import SamplingConfig, validate
 from trainer.diffusion.gaussian import Denoiser, GaussianDiffusion
+from trainer.diffusion.respacing import space_timesteps
 from trainer.export import Export, Weights, open_export
 from trainer.sampling import Stage, conditioned, sample
 from trainer.tracking.records import EvalRecord
@@ -63,10 +64,22 @@ class EvalRequest:
 
     def key(self, weights_sha256: str) -> str:
         """Names the evaluation of these weights: equal requests have equal keys, whoever asks."""
-        content = {k: str(v) for k, v in asdict(self).items() if k not in ("num_threads", "data")}
-        content["data"] = Manifest.load(self.data).fingerprint
-        content["weights_sha256"] = weights_sha256
+        content = {
+            "metrics": {metric: self.settings(metric) for metric in self.metrics},
+            "weights": self.weights,
+            "seed": self.seed,
+            "data": Manifest.load(self.data).fingerprint,
+            "weights_sha256": weights_sha256,
+        }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    def settings(self, metric: str) -> dict[str, Any]:
+        """What the value of this metric depends on: only this names it."""
+        if metric == "fd":
+            names = ["num_samples", "num_reference", "feature_net"]
+            return {name: getattr(self, name) for name in names} | {"sampling": self.sampling.model_dump()}
+        size = "num_calls" if self.nll_mode == "importance" else "num_images"
+        return {"mode": self.nll_mode, size: getattr(self, size)}
 
     def check(self) -> None:
         """Raises UserError for what cannot be measured, before anything is computed."""
@@ -75,45 +88,56 @@ class EvalRequest:
             raise UserError(f"unknown metric {', '.join(unknown) or '(none)'}; known: {', '.join(METRICS)}.")
         if "nll" in self.metrics and self.nll_mode == "importance":
             check_num_calls(self.num_calls)
-        for name, least in (("num_images", 1), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)} is too small; use {least} or more.")
+        for name, least in (("num_images", 1), ("seed", 0), ("num_reference", 2), ("num_threads", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"--{name.replace('_', '-')} {value} is too small; use {least} or more.")
         if "fd" in self.metrics and self.num_samples < 2:
             raise UserError(f"--num-samples {self.num_samples}: a Fréchet distance needs at least 2 samples.")
 
 
-def evaluate(export_path: Path, request: EvalRequest, *, progress: bool = True) -> list[EvalRecord]:
-    """Measure an export; one record a metric.
+def evaluate(export: Path | Export, request: EvalRequest, *, progress: bool = True) -> list[EvalRecord]:
+    """Measure an export, opened or not; one record a metric.
 
     Raises:
-        UserError: no export or data there, images of another size than the network's, unknown metrics.
+        UserError: no export or data there, images of another size than the network's, unknown metrics, sampling steps
+            that the network's process has not.
     """
     request.check()
+    if isinstance(export, Path):
+        export = open_export(export)
+    dataset = ShardDataset(request.data)
+    _check_fits(export, dataset, request)
     if request.num_threads:
         torch.set_num_threads(request.num_threads)
-    export = open_export(export_path)
-    dataset = ShardDataset(request.data)
-    size = export.config.model.image_size
-    if dataset.manifest.image_size != size:
-        raise UserError(
-            f"the network makes {size}x{size} images, those in {request.data} are "
-            f"{dataset.manifest.image_size}x{dataset.manifest.image_size}; name a split of the network's size."
-        )
-    if request.num_reference and request.num_reference > len(dataset):
-        raise UserError(f"--num-reference {request.num_reference}: {request.data} has {len(dataset)} images.")
-    if export.config.model.num_classes not in (0, dataset.manifest.num_classes):
-        raise UserError(
-            f"the network knows {export.config.model.num_classes} classes, {request.data} has "
-            f"{dataset.manifest.num_classes}; name a split with the classes it was trained on."
-        )
-    if export.config.model.low_res_size:
-        raise UserError(
-            "a super-resolution network has no likelihood or samples of its own: evaluate it with its base."
-        )
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     network = export.network(request.weights).to(device)
     measures: dict[str, Callable[..., EvalRecord]] = {"nll": _nll, "fd": _fd}
     return [measures[metric](export, network, dataset, request, device, progress) for metric in request.metrics]
+
+
+def _check_fits(export: Export, dataset: ShardDataset, request: EvalRequest) -> None:
+    """Raises UserError for what this network or this data cannot give, before anything is computed."""
+    model, there = export.config.model, dataset.manifest
+    if model.low_res_size:
+        raise UserError(
+            "a super-resolution network has no likelihood or samples of its own; see what it makes of a base network's "
+            "images: `python -m evaluation.sample BASE UPSAMPLER --out samples.npz`."
+        )
+    if there.image_size != model.image_size:
+        raise UserError(
+            f"the network makes {model.image_size}x{model.image_size} images, those in {request.data} are "
+            f"{there.image_size}x{there.image_size}; name a split of the network's size."
+        )
+    if model.num_classes not in (0, there.num_classes):
+        raise UserError(
+            f"the network knows {model.num_classes} classes, {request.data} has {there.num_classes}; name a split with "
+            "the classes it was trained on."
+        )
+    if request.num_reference and request.num_reference > len(dataset):
+        raise UserError(f"--num-reference {request.num_reference}: {request.data} has {len(dataset)} images.")
+    if "fd" in request.metrics:
+        space_timesteps(export.config.diffusion.num_timesteps, request.sampling.respacing)
 
 
 def _nll(
@@ -202,19 +226,17 @@ def _record(
     )
 
 
-def result_path(export_path: Path, request: EvalRequest) -> Path:
+def result_path(export: Export, request: EvalRequest) -> Path:
     """Where the records of this evaluation are kept: RUN/evals/<nimg>/<key>.json, or EXPORT/evals/<key>.json.
 
     The latter for an export that belongs to no run: an imported one, or one that was copied away. Raises UserError
     when the export holds no such weights.
     """
-    export = open_export(export_path)
     export.check_holds(request.weights)
     name = f"{request.key(export.weights_sha256[request.weights])}.json"
-    run = export_path.resolve().parent.parent
-    if (run / "run.json").exists():
-        return run / "evals" / export_path.resolve().name / name
-    return export_path.resolve() / "evals" / name
+    folder = export.path.resolve()
+    run = folder.parent.parent
+    return (run / "evals" / folder.name if (run / "run.json").exists() else folder / "evals") / name
 
 
 def write_records(path: Path, records: Sequence[EvalRecord], request: EvalRequest) -> None:
@@ -223,10 +245,10 @@ def write_records(path: Path, records: Sequence[EvalRecord], request: EvalReques
     write_json(path, {"records": [r.to_json() for r in records], "spec": spec})
 
 
-def send_to_mlflow(export_path: Path) -> None:
+def send_to_mlflow(export: Export) -> None:
     """Mirror the run's records to where its config says; a tracker that is down costs a warning, no result."""
-    tracking = open_export(export_path).config.tracking
-    run = export_path.resolve().parent.parent
+    tracking = export.config.tracking
+    run = export.path.resolve().parent.parent
     if not (run / "run.json").exists():
         return  # an export that was copied away from its run
     environment = dict(os.environ) | ({"MLFLOW_TRACKING_URI": tracking.uri} if tracking.uri else {})
@@ -263,13 +285,14 @@ def main() -> int:
         num_reference=a.num_reference, sampling=sampling, num_threads=a.num_threads,
     )  # fmt: skip
     request.check()
-    open_export(a.export).check_holds(request.weights)
-    out = a.out or result_path(a.export, request)
+    export = open_export(a.export)
+    export.check_holds(request.weights)
+    out = a.out or result_path(export, request)
     out.parent.mkdir(parents=True, exist_ok=True)  # fails now, not after the work
-    records = evaluate(a.export, request)
+    records = evaluate(export, request)
     write_records(out, records, request)
     if not a.no_mlflow and a.out is None:
-        send_to_mlflow(a.export)
+        send_to_mlflow(export)
     json.dump([r.to_json() for r in records], sys.stdout, indent=2)
     print()
     return 0

@@ -91,9 +91,10 @@ def sample_cascade(
 
     The first stage starts from noise, or enlarges `base`, uint8 [n, C, h, w], as if a stage before had made it.
     Between stages images are rounded to 8 bits: the upsampler is to see what it was trained on (Nichol & Dhariwal
-    2021, section 5). Raises UserError for stages that do not fit together.
+    2021, section 5). Raises UserError for stages that do not fit together, and for classes that one does not know.
     """
-    check_cascade([stage.config for stage in stages], base_size=0 if base is None else base.shape[-1])
+    configs = [stage.config for stage in stages]
+    check_cascade(configs, base_size=0 if base is None else base.shape[-1], labels=labels)
     images = [] if base is None else [base]
     for stage in stages:
         low_res = images[-1].float() / 127.5 - 1 if images else None
@@ -105,8 +106,8 @@ def sample_cascade(
     return images if base is None else images[1:]
 
 
-def check_cascade(configs: Sequence[RunConfig], *, base_size: int = 0) -> None:
-    """Raises UserError unless each network enlarges images of the size that those before it make.
+def check_cascade(configs: Sequence[RunConfig], *, base_size: int = 0, labels: Sequence[int] | None = None) -> None:
+    """Raises UserError unless each network enlarges what those before it make, and all know the classes `labels`.
 
     `base_size`: of the images that the first is given, 0 for none.
     """
@@ -119,7 +120,17 @@ def check_cascade(configs: Sequence[RunConfig], *, base_size: int = 0) -> None:
             raise UserError(f"stage {number} ({config.name}) takes {needs}, but is given {given}; mind the order.")
         if model.num_classes and classes and model.num_classes != classes:
             raise UserError(f"stage {number} ({config.name}) knows {model.num_classes} classes, one before {classes}.")
+        check_labels(config, labels or ())
         size, classes = model.image_size, model.num_classes or classes
+
+
+def check_labels(config: RunConfig, labels: Sequence[int]) -> None:
+    """Raises UserError for classes that a class-conditional network does not know; others take any."""
+    num_classes = config.model.num_classes
+    lowest = -1 if config.model.null_class else 0
+    unknown = sorted({label for label in labels if not lowest <= label < num_classes})
+    if num_classes and unknown:
+        raise UserError(f"class {unknown[0]} is unknown to {config.name}: it knows {lowest} to {num_classes - 1}.")
 
 
 def _classes(config: RunConfig, seeds: Sequence[int], labels: Sequence[int] | None) -> Sequence[int] | None:
@@ -129,8 +140,5 @@ def _classes(config: RunConfig, seeds: Sequence[int], labels: Sequence[int] | No
         return None
     if labels is None:
         return [s % num_classes for s in seeds]
-    lowest = -1 if config.model.null_class else 0
-    unknown = sorted({label for label in labels if not lowest <= label < num_classes})
-    if unknown:
-        raise UserError(f"class {unknown[0]} is unknown to {config.name}: it knows {lowest} to {num_classes - 1}.")
+    check_labels(config, labels)
     return labels

@@ -6,21 +6,25 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from random_stage import make_export, make_stage
 from ranks import ROOT, run_ranks
 from scipy import stats
 
 from data_pipeline.dataset import ShardDataset
 from data_pipeline.errors import UserError
-from evaluation.evaluate import EvalRequest, evaluate, result_path, write_records
+from evaluation.evaluate import EvalRequest, evaluate, main, result_path, write_records
 from evaluation.nll import estimate_nll
 from evaluation.nll_plan import cell_edges, exact_plan, importance_plan, pilot_plan, probabilities
-from trainer.config import DiffusionConfig
+from trainer.checkpoint import verify
+from trainer.config import DiffusionConfig, SamplingConfig
 from trainer.diffusion.gaussian import Denoiser, GaussianDiffusion
+from trainer.export import Export, open_export
 from trainer.tracking.records import read_eval_records
 
 STEPS = 60
@@ -159,14 +163,89 @@ def test_a_trained_networks_importance_estimate_agrees_with_the_full_sweep(expor
 
 
 def test_keys_name_what_was_measured(export: Path, generated_data: Path) -> None:
-    request = EvalRequest(data=generated_data / "test", num_calls=256)
-    path = result_path(export, request)
-    assert path == result_path(export, EvalRequest(data=generated_data / "test", num_calls=256, num_threads=2))
-    assert path != result_path(export, EvalRequest(data=generated_data / "test", num_calls=512))
-    assert path != result_path(export, EvalRequest(data=generated_data / "train", num_calls=256))
-    records = evaluate(export, request, progress=False)
+    opened, test = open_export(export), generated_data / "test"
+    request = EvalRequest(data=test, num_calls=256)
+    path = result_path(opened, request)
+    assert path == result_path(opened, EvalRequest(data=test, num_calls=256, num_threads=2))
+    assert path != result_path(opened, EvalRequest(data=generated_data / "train", num_calls=256))
+    records = evaluate(opened, request, progress=False)
     write_records(path, records, request)
     assert read_eval_records(export.parent.parent) == records
+
+
+# What the value of a metric depends on, and what it does not, each changed from `EvalRequest`'s default.
+COMMON: dict[str, Any] = {"weights": "model", "seed": 1}
+IMPORTANCE: dict[str, Any] = {"num_calls": 256}
+EXACT: dict[str, Any] = {"num_images": 2}
+DISTANCE: dict[str, Any] = {
+    "num_samples": 16,
+    "num_reference": 32,
+    "feature_net": "other",
+    "sampling": SamplingConfig(respacing="20"),
+}
+
+
+@pytest.mark.parametrize(
+    ("asked", "heard", "unheard"),
+    [
+        ({"metrics": ("nll",)}, IMPORTANCE | {"nll_mode": "exact"}, EXACT | DISTANCE),
+        ({"metrics": ("nll",), "nll_mode": "exact"}, EXACT, IMPORTANCE | DISTANCE),
+        ({"metrics": ("fd",)}, DISTANCE, IMPORTANCE | EXACT | {"nll_mode": "exact"}),
+        ({"metrics": ("nll", "fd")}, IMPORTANCE | DISTANCE | {"nll_mode": "exact"}, EXACT),
+    ],
+)
+def test_keys_hold_what_their_metrics_use_and_no_more(
+    generated_data: Path, asked: dict[str, Any], heard: dict[str, Any], unheard: dict[str, Any]
+) -> None:
+    def key(weights: str = "abc", **change: Any) -> str:
+        return EvalRequest(**({"data": generated_data / "test"} | asked | change)).key(weights)
+
+    for name, value in unheard.items():
+        assert key(**{name: value}) == key(), name
+    changed = [key(**{name: value}) for name, value in (COMMON | heard).items()]
+    changed += [
+        key("abd"),
+        key(data=generated_data / "train"),
+        key(metrics=("fd",) if len(asked["metrics"]) > 1 else ("nll", "fd")),
+    ]
+    assert len({key(), *changed}) == len(changed) + 1
+
+
+def test_an_export_is_verified_once(
+    export: Path, generated_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    verified: list[Path] = []
+
+    def counted(folder: Path) -> str | None:
+        verified.append(folder)
+        return verify(folder)
+
+    monkeypatch.setattr("trainer.export.verify", counted)
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: subprocess.CompletedProcess([], 0))  # MLflow's mirror
+    monkeypatch.setattr(sys, "argv", ["x", str(export), "--data", str(generated_data / "test"), "--num-calls", "256"])
+    assert main() == 0
+    assert verified == [export]
+
+
+def test_impossible_steps_are_refused_before_any_work(
+    export: Path, generated_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*_: Any) -> None:
+        raise AssertionError("a network was loaded")
+
+    monkeypatch.setattr(Export, "network", loaded)
+    steps = SamplingConfig(respacing="ddim33")
+    request = EvalRequest(data=generated_data / "test", metrics=("nll", "fd"), num_samples=2, sampling=steps)
+    with pytest.raises(UserError, match="ddim33"):
+        evaluate(export, request, progress=False)
+
+
+def test_an_upsampler_is_refused_with_advice_that_exists(
+    tiny_config: Path, generated_data: Path, tmp_path: Path
+) -> None:
+    upsampler = make_export(tmp_path / "upsampler", make_stage(tiny_config, "model.low_res_size=8"))
+    with pytest.raises(UserError, match=r"`python -m evaluation.sample BASE UPSAMPLER --out samples.npz`"):
+        evaluate(upsampler, EvalRequest(data=generated_data / "test"), progress=False)
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -194,6 +273,8 @@ def test_the_command_prints_records_of_both_metrics(export: Path, generated_data
     [
         (["--metrics", "fid9"], "unknown metric fid9"),
         (["--num-calls", "3"], "--num-calls 3"),
+        (["--num-threads", "0"], "--num-threads 0"),
+        (["--num-reference", "0"], "--num-reference 0"),
         (["--data", "/nowhere"], "/nowhere"),
     ],
 )

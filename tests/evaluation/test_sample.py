@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import weakref
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +16,9 @@ from PIL import Image
 from random_stage import make_export, make_stage
 
 from data_pipeline.errors import UserError
-from evaluation.sample import main
+from evaluation.sample import main, make_samples
 from trainer.export import open_export
-from trainer.sampling import sample
+from trainer.sampling import sample, sample_cascade
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("model.image_size=8", "model.attention_resolutions=[4]", "model.num_classes=4", "model.null_class=true")
@@ -72,29 +74,151 @@ def test_classes_and_samplers_are_heard(exports: tuple[Path, Path], tmp_path: Pa
     assert torch.equal(torch.from_numpy(images).permute(0, 3, 1, 2), expected)
 
 
-def test_what_does_not_fit_is_refused(exports: tuple[Path, Path], tmp_path: Path) -> None:
+def test_parts_have_the_classes_of_the_whole(exports: tuple[Path, Path], tmp_path: Path) -> None:
+    base, _ = exports
+    chosen = ("--classes", "3,0,1", "--batch", 2)
+    images, classes = made(tmp_path / "whole.npz", base, "--num", 6, *chosen)
+    later, later_classes = made(tmp_path / "later.npz", base, "--first", 4, "--num", 2, *chosen)
+    assert later_classes.tolist() == classes[4:].tolist() == [0, 1]
+    assert np.array_equal(later, images[4:])
+
+
+def test_parts_of_a_base_keep_its_rows_and_classes(exports: tuple[Path, Path], tmp_path: Path) -> None:
+    """Row i of the base belongs to image i; its classes are not i modulo their number."""
+    _, upsampler = exports
+    small = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 3), dtype=np.uint8)
+    np.savez(tmp_path / "base.npz", small, np.array([3, 0, 2, 2, 1, 3]))
+    given = (upsampler, "--base", tmp_path / "base.npz", "--batch", 2)
+    images, classes = made(tmp_path / "whole.npz", *given)
+    assert classes.tolist() == [3, 0, 2, 2, 1, 3]
+    later, later_classes = made(tmp_path / "later.npz", *given, "--first", 4)
+    assert later_classes.tolist() == [1, 3]
+    assert np.array_equal(later, images[4:])
+    middle, middle_classes = made(tmp_path / "middle.npz", *given, "--first", 2, "--num", 2)
+    assert middle_classes.tolist() == [2, 2]
+    assert np.array_equal(middle, images[2:4])
+    for more in (("--first", 6), ("--first", 4, "--num", 3), ("--num", 7)):
+        with pytest.raises(UserError, match="has images 0 to 5; image 6 was asked for"):
+            run(*given, *more, "--out", tmp_path / "out.npz")
+
+
+def test_one_batch_at_most_is_held_beside_the_result(tiny_config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = make_stage(tiny_config)
+    batches: list[weakref.ref[torch.Tensor]] = []
+
+    def watched(*args: Any, **kwargs: Any) -> list[torch.Tensor]:
+        assert all(batch() is None for batch in batches[:-1])
+        images = sample_cascade(*args, **kwargs)
+        batches.append(weakref.ref(images[-1]))
+        return images
+
+    monkeypatch.setattr("evaluation.sample.sample_cascade", watched)
+    images = make_samples([stage], range(3, 8), batch=1, progress=False)
+    assert len(batches) == 5
+    assert torch.equal(images, torch.cat([sample(stage, [number]) for number in range(3, 8)]))
+
+
+def test_results_are_replaced_only_when_asked(exports: tuple[Path, Path], tmp_path: Path) -> None:
+    base, _ = exports
+    out = tmp_path / "new" / "a.npz"
+    first, _ = made(out, base, "--num", 1)
+    for kept in (".npz", ".png", ".json"):
+        for suffix in {".npz", ".png", ".json"} - {kept}:
+            out.with_suffix(suffix).unlink(missing_ok=True)
+        out.with_suffix(kept).write_text("dear")
+        with pytest.raises(UserError, match=rf"a\{kept} exists.*--overwrite"):
+            made(out, base, "--num", 1)
+        assert out.with_suffix(kept).read_text() == "dear"
+    again, _ = made(out, base, "--num", 1, "--overwrite")
+    assert np.array_equal(first, again)
+    assert Image.open(out.with_suffix(".png")).height > 8
+    assert json.loads(out.with_suffix(".json").read_text())["num"] == 1
+
+
+@pytest.fixture
+def nothing_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
+    def sampled(*_: Any, **__: Any) -> None:
+        raise AssertionError("sampled")
+
+    monkeypatch.setattr("evaluation.sample.make_samples", sampled)
+
+
+def refused(out: Path, *arguments: object) -> str:
+    """What the command says before anything is sampled."""
+    with pytest.raises(UserError) as caught:
+        run(*arguments, "--out", out)
+    return str(caught.value)
+
+
+@pytest.mark.usefixtures("nothing_is_sampled")
+def test_what_does_not_fit_is_refused(exports: tuple[Path, Path], tmp_path: Path, tiny_config: Path) -> None:
     base, upsampler = exports
-    np.savez(tmp_path / "floats.npz", np.zeros((2, 8, 8, 3)))
-    np.savez(tmp_path / "big.npz", np.zeros((2, 16, 16, 3), np.uint8))
-    (tmp_path / "text.npz").write_text("no zip")
+    classless = make_export(tmp_path / "classless", make_stage(tiny_config))
     for arguments, message in (
         ((upsampler, base), "stage 1 (upsampler) takes 8 px images to enlarge, but is given none"),
         ((base, "--classes", "9"), "class 9 is unknown"),
+        ((base, "--classes", "0,0,9", "--batch", "2"), "class 9 is unknown"),
+        ((base, upsampler, "--classes=-1"), "class -1 is unknown to upsampler: it knows 0 to 3"),
         ((base, "--classes", "cat"), "--classes cat"),
+        ((classless, "--classes", "1"), "--classes 1: these networks know no classes"),
         ((base, "--respacing", "ddim33"), "ddim33"),
+        ((base, upsampler, "--respacing", "5", "--respacing", "101"), "101 steps were asked of 100"),
         ((base, "--respacing", "5", "--respacing", "6"), "2 times for 1"),
         ((base, "--eta", "0.5"), "eta=0.5"),
         ((base, "--num", "0"), "--num 0"),
-        ((upsampler, "--base", tmp_path / "none.npz"), "no such file"),
-        ((upsampler, "--base", tmp_path / "floats.npz"), "float64"),
-        ((upsampler, "--base", tmp_path / "big.npz"), "given 16 px"),
-        ((upsampler, "--base", tmp_path / "text.npz"), "not an npz"),
+        ((base, "--num-threads", "0"), "--num-threads 0 is too small"),
+        ((base, "--num-threads", "-1"), "--num-threads -1 is too small"),
+        ((base, "--seed", 2**63), f"--seed {2**63} is too large"),
+        ((base, "--first", 2**63), f"--first {2**63} is too large"),
         ((tmp_path,), "not an export"),
     ):
-        with pytest.raises(UserError) as caught:
-            run(*arguments, "--out", tmp_path / "out.npz")
-        assert message in str(caught.value)
-        assert not (tmp_path / "out.npz").exists()
+        assert message in refused(tmp_path / "out.npz", *arguments)
+    assert not (tmp_path / "out.npz").exists()
+
+
+@pytest.mark.usefixtures("nothing_is_sampled")
+def test_a_base_that_is_none_is_refused(exports: tuple[Path, Path], tmp_path: Path) -> None:
+    _, upsampler = exports
+    images, base = np.zeros((2, 8, 8, 3), np.uint8), tmp_path / "base.npz"
+    for arrays, message in (
+        ([np.zeros((2, 8, 8, 3))], "arr_0 is float64"),
+        ([np.zeros((2, 16, 16, 3), np.uint8)], "given 16 px"),
+        ([images[:0]], "holds no images"),
+        ([images[:, :0, :0]], "holds no images"),
+        ([images, np.array([1, 2, 3])], "2 images in arr_0 but classes [3]"),
+        ([images, np.array([0.0, 1.0])], "arr_1 (float64) must hold classes"),
+        ([images, np.array(["cat", "dog"])], "arr_1 (<U3) must hold classes"),
+        ([images, np.array([0, -2], np.int8)], "arr_1 (int8) must hold classes"),
+        ([images, np.array([0, 4])], "class 4 is unknown to upsampler"),
+        ([images, np.array([{}, {}])], "not an npz of samples"),
+    ):
+        np.savez(base, *arrays)
+        assert message in refused(tmp_path / "out.npz", upsampler, "--base", base)
+    np.savez(base, images)
+    whole = base.read_bytes()
+    for content in (b"", b"no zip", whole[:-40]):
+        base.write_bytes(content)
+        assert "not an npz" in refused(tmp_path / "out.npz", upsampler, "--base", base)
+    with open(base, "wb") as file:
+        np.save(file, images)
+    assert "not an npz" in refused(tmp_path / "out.npz", upsampler, "--base", base)
+    assert "no such file" in refused(tmp_path / "out.npz", upsampler, "--base", tmp_path / "none.npz")
+
+
+@pytest.mark.usefixtures("nothing_is_sampled")
+def test_a_place_that_cannot_be_written_is_refused(exports: tuple[Path, Path], tmp_path: Path) -> None:
+    base, _ = exports
+    (tmp_path / "folder.npz").mkdir()
+    (tmp_path / "grid.png").mkdir()
+    (tmp_path / "file").write_text("")
+    for out, message in (
+        ("samples.png", "must end in .npz"),
+        ("folder.npz", "folder.npz is a folder"),
+        ("grid.npz", "grid.png is a folder"),
+        ("file/a.npz", "file is a file, not a folder"),
+        ("file/b/a.npz", "file is a file, not a folder"),
+    ):
+        assert message in refused(tmp_path / out, base, "--overwrite")
 
 
 def test_the_command_ends_with_one_line_and_a_code() -> None:
