@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from data_pipeline.errors import UserError
 from trainer.config import RunConfig, SamplingConfig
 from trainer.diffusion.gaussian import Denoiser, GaussianDiffusion
-from trainer.diffusion.noise import SampleNoise
 from trainer.diffusion.respacing import space_timesteps
 from trainer.diffusion.samplers import SAMPLERS, Progress, no_progress, to_uint8
 from trainer.models import IMAGE_CHANNELS
+from trainer.sample_noise import SampleNoise
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ def sample_cascade(
     """The images of every stage, uint8 [n, C, H, W]: each stage enlarges those of the stage before.
 
     The first stage starts from noise, or enlarges `base`, uint8 [n, C, h, w], as if a stage before had made it.
-    Between stages images are rounded to 8 bits: the upsampler is to see what it was trained on (Nichol & Dhariwal
-    2021, section 5). Raises UserError for stages that do not fit together, and for classes that one does not know.
+    Between stages images are rounded to 8 bits: so the stages may as well run one by one, with files between them.
+    Raises UserError for stages that do not fit together, and for classes that one does not know.
     """
     configs = [stage.config for stage in stages]
     check_cascade(configs, base_size=0 if base is None else base.shape[-1], labels=labels)

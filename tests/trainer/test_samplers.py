@@ -16,8 +16,8 @@ from torch import Tensor
 from data_pipeline.errors import UserError
 from trainer.config import DiffusionConfig, load_config
 from trainer.diffusion.gaussian import GaussianDiffusion
-from trainer.diffusion.noise import SampleNoise
 from trainer.diffusion.samplers import SAMPLERS, ddim, to_uint8
+from trainer.sample_noise import SampleNoise
 from trainer.sampling import check_cascade, sample, sample_cascade
 
 FIXED = DiffusionConfig(num_timesteps=200, variance="fixed_small", objective="simple", rescale_timesteps=False)

@@ -1,1 +1,1 @@
-"""Schedules, the Gaussian process, objectives, timestep samplers and samplers: pure torch, no I/O."""
+"""Schedules, the Gaussian process, objectives, timestep samplers and samplers: mathematics in torch, no I/O."""
