@@ -30,8 +30,10 @@ def entries(folder: Path) -> list[str]:
 def start_endless(out: Path) -> subprocess.Popen[str]:
     """A `prepare` in a process of its own that would take minutes, once it has written its first shard."""
     command = [sys.executable, "-m", "data_pipeline.prepare", "generated", "--out", str(out), "--shard-mb", "0.1"]
+    # A shell's background job ignores SIGINT, and so would its children: these tests may be run in one.
     process = subprocess.Popen(
-        [*command, "--num-train", "1000000"], cwd=ROOT, stderr=subprocess.PIPE, text=True
+        [*command, "--num-train", "1000000"], cwd=ROOT, stderr=subprocess.PIPE, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
     )  # fmt: skip
     deadline = time.monotonic() + 60
     while not list(out.parent.glob(".*/result/train/shard-000001.tar")):
