@@ -174,7 +174,7 @@ def _distances_text(records: Sequence[EvalRecord]) -> str:
         group = [r for r in records if r.metric == metric]
         floor = next((r.details.get("floor") for r in group if r.details.get("floor") is not None), None)
         table = distance_table([point_from_record(r) for r in group], num_samples=group[0].n, floor=floor)
-        how = f"{group[0].measured.get('sampler')} sampler, {group[0].measured.get('steps')} steps"
+        how = f"{group[0].measured['sampler']} sampler, respacing {group[0].measured['respacing']}"
         note = "" if floor is not None else "\n  (the split is too small for a real-against-real floor at this N)"
         parts.append(f"{metric_label(metric)} ({metric}), N = {group[0].n}, {how}\n{table}{note}")
     return "\n\n".join(parts)

@@ -110,6 +110,7 @@ def test_a_study_survives_its_drivers_death_and_repeats_nothing(study_file: Path
     after = results(out)
     assert all(after[path] == mark for path, mark in finished_before.items())
     assert "NLL (bits/dim) on held-out images" in second.stdout
+    assert "N = 8, ddim sampler, respacing 2" in second.stdout
     assert (out / "law" / "nll_test.png").stat().st_size > 10_000
     assert (out / "law" / "points.csv").read_text().count("\n") == 1 + 2 * (3 * 3 + 1)  # nll test, train, gap; fd
     check_mlflow(tmp_path / "mlflow.db", second.stdout)
