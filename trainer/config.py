@@ -95,6 +95,7 @@ class ModelConfig(Section):
 # What a network can predict, and what L_simple can be the squared error of.
 Quantity = Literal["eps", "x0", "v", "previous_mean"]
 Variance = Literal["learned_range", "learned", "fixed_small", "fixed_large"]
+LEARNED: tuple[Variance, ...] = ("learned_range", "learned")  # those that are a second output of the network
 
 
 class DiffusionConfig(Section):
@@ -113,7 +114,7 @@ class DiffusionConfig(Section):
     @property
     def learns_variance(self) -> bool:
         """Whether the network has a second output, for the variance."""
-        return self.variance in ("learned_range", "learned")
+        return self.variance in LEARNED
 
     @property
     def vlb_factor(self) -> float:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from trainer.config import DiffusionConfig, Quantity, Variance
+from trainer.config import LEARNED, DiffusionConfig, Quantity, Variance
 from trainer.diffusion.likelihoods import discretized_log_likelihood, mean_bits, normal_kl
 from trainer.diffusion.schedules import Schedule, make_schedule
 
@@ -122,8 +122,7 @@ class GaussianDiffusion:
         eps and the mean. A mean that the network itself predicts stays as it is, unless the process is respaced.
         """
         output = output.to(x_t.dtype)
-        learned = self.variance in ("learned_range", "learned")
-        value, raw_variance = output.chunk(2, dim=1) if learned else (output, None)
+        value, raw_variance = output.chunk(2, dim=1) if self.variance in LEARNED else (output, None)
         x0, eps = self.x0_and_eps(self.prediction, value, x_t, t)
         if clip:
             x0 = x0.clamp(-1, 1)
