@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -55,7 +56,6 @@ class Ranks:
             "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count,
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": str(max(1, int(self._spec.cpus // self._spec.num_processes))),
-            "PYTHONUNBUFFERED": "1",
         }  # fmt: skip
         if not self._spec.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ""  # it was given none: it must not take one
@@ -139,9 +139,10 @@ def _one_code(codes: list[int]) -> int:
 
 
 def _error_line(output: str) -> str:
-    """The `error: ...` message with its following lines, else the last line."""
-    start = output.rfind("error: ")
-    if start >= 0 and (start == 0 or output[start - 1] == "\n"):
-        return output[start + len("error: ") :].strip()
+    """The last `error: ...` message with its following lines, else the last line."""
+    # Another process's progress bar may stand before it on the line; `RuntimeError: ` is no message of ours.
+    messages = re.split(r"(?<![A-Za-z])error: ", output)
+    if len(messages) > 1:
+        return messages[-1].strip()
     lines = [line for line in output.splitlines() if line.strip()]
     return lines[-1].strip() if lines else ""

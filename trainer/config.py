@@ -8,6 +8,7 @@ remedy, before anything starts. The resolved tree travels in every checkpoint an
 from __future__ import annotations
 
 import difflib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
@@ -201,11 +202,14 @@ class TrainConfig(Section):
     class_dropout: float = Field(0.0, ge=0, lt=1)  # share of the labels replaced by the null class
     grad_clip: float = Field(0.0, ge=0)  # largest global gradient norm; 0: no clipping
     ema_decay: float = Field(0.9999, ge=0, lt=1)  # a step; the start uses min(ema_decay, (1 + step) / (10 + step))
+    extra_ema_decays: tuple[float, ...] = ()  # further averages, kept and exported beside it
+    max_skipped_steps: int = Field(20, ge=1)  # steps in a row without a finite gradient before the run gives up
     budget_images: int | None = Field(None, ge=1)  # stop after these many images ...
     budget_flops: float | None = Field(None, gt=0)  # ... or these many training FLOPs: one of the two
     log_every_images: int = Field(1024, ge=1)
     checkpoint_every_images: int | None = Field(None, ge=1)  # default: only at exports and at the end
-    keep_checkpoints: int = Field(2, ge=1)
+    keep_checkpoints: int = Field(2, ge=1)  # the newest ones ...
+    keep_every_images: int | None = Field(None, ge=1)  # ... and for good those at multiples of this
     export_images: tuple[int, ...] = ()  # images seen at which the model is exported; always at the end
     sample_grid: SampleGridConfig = SampleGridConfig()
 
@@ -218,6 +222,12 @@ class TrainConfig(Section):
             )
         if self.micro_batch is not None and self.global_batch % self.micro_batch:
             raise ValueError(f"train.micro_batch={self.micro_batch} must divide train.global_batch={self.global_batch}")
+        decays = (self.ema_decay, *self.extra_ema_decays)
+        if len(set(decays)) < len(decays) or any(not 0 <= decay < 1 for decay in decays):
+            raise ValueError(
+                f"train.extra_ema_decays={list(self.extra_ema_decays)}: give different numbers from 0 to below 1, "
+                f"none of them train.ema_decay={self.ema_decay}"
+            )
         return self
 
 
@@ -225,9 +235,49 @@ class EngineConfig(Section):
     """How a step is computed and spread over processes: part of the layout, not of the result."""
 
     zero_stage: Literal[0, 1, 2, 3] = 1
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: autocast, parameters and optimizer stay float32
+    # Parameters, gradients and optimizer are float32 in all three; bf16 and fp16 are what the network computes in.
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    loss_scale: float = Field(65536.0, gt=0)  # fp16: where it starts; halved when a gradient overflows, ...
+    loss_scale_floor: float = Field(1.0, gt=0)  # ... never below this, ...
+    loss_scale_window: int = Field(2000, ge=1)  # ... and doubled after this many steps without an overflow
     activation_checkpointing: bool = False  # less memory for one forward pass more: blocks are computed again backward
+    offload_optimizer: bool = False  # master weights, moments and averages in the host's memory (ZeRO 1 to 3)
+    compile: bool = False  # torch.compile: minutes at the start, fewer and larger kernels after it
+    channels_last: bool = False  # activations as [B, H, W, C] in memory: what a GPU's convolutions like best
+    overlap_comm: bool = True  # reduce gradients while the backward pass goes on (on a GPU, ZeRO 1 to 3)
+    bucket_elements: int = Field(50_000_000, ge=1)  # gradients reduced in one message; memory 4 bytes each, twice
+    deepspeed: dict[str, Any] = {}  # further DeepSpeed settings, or a JSON file of them; no contradictions
     num_cpu_threads: int | None = Field(None, ge=1)  # threads a process on the CPU; default: cores / processes
+    peak_flops: float | None = Field(None, gt=0)  # a device's, for MFU; default: named for the GPU, measured on a CPU
+    hang_seconds: float = Field(1800.0, ge=0)  # a job without a step for so long is ended; 0: never
+    profile_steps: int = Field(0, ge=0)  # that many steps are traced into RUN/profile, soon after the start
+
+    @field_validator("deepspeed", mode="before")
+    @classmethod
+    def _read_json(cls, value: Any) -> Any:
+        """The settings travel with the run, so a file is read here and its path forgotten."""
+        if not isinstance(value, str | Path):
+            return value
+        try:
+            tree = json.loads(Path(value).read_text())
+        except (OSError, ValueError) as error:
+            raise ValueError(f"engine.deepspeed={value}: no JSON file that can be read ({error})") from None
+        if not isinstance(tree, dict):
+            raise ValueError(f"engine.deepspeed={value}: the file must hold a JSON object of DeepSpeed's settings")
+        return tree
+
+    @model_validator(mode="after")
+    def _fits(self) -> EngineConfig:
+        if self.offload_optimizer and not self.zero_stage:
+            raise ValueError(
+                "engine.offload_optimizer=true needs partitioned optimizer state; set engine.zero_stage=1, 2 or 3"
+            )
+        if self.loss_scale < self.loss_scale_floor:
+            raise ValueError(
+                f"engine.loss_scale={self.loss_scale} starts below engine.loss_scale_floor={self.loss_scale_floor}; "
+                "raise the one or lower the other"
+            )
+        return self
 
 
 class TrackingConfig(Section):

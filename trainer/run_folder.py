@@ -23,7 +23,7 @@ _MAY_CHANGE_IN = {
     "data": {"train", "num_threads", "prefetch"},
     "train": {
         "micro_batch", "budget_images", "budget_flops", "log_every_images", "checkpoint_every_images",
-        "keep_checkpoints", "export_images", "sample_grid",
+        "keep_checkpoints", "keep_every_images", "max_skipped_steps", "export_images", "sample_grid",
     },
 }  # fmt: skip
 

@@ -90,6 +90,12 @@ def test_a_mistake_carries_its_message(start) -> None:  # type: ignore[no-untype
     assert message.startswith("train.lr=-1: must be positive\n  set it right")
 
 
+def test_a_message_is_found_behind_another_processes_progress_bar() -> None:
+    status, message = classify(2, "RuntimeError: x\n  5%|#  | 8/160 [00:01<00:19]error: train.lr=-1\n  remedy\n")
+    assert (status, message) == ("user_error", "train.lr=-1\n  remedy")
+    assert classify(1, "RuntimeError: x\n")[1] == "exit code 1: RuntimeError: x"
+
+
 def test_stopping_lets_them_save(start) -> None:  # type: ignore[no-untyped-def]
     ranks = start("wait")
     until(ranks, "ready")
