@@ -29,6 +29,11 @@ def fsync_file(path: Path) -> None:
         os.close(fd)
 
 
+def file_entry(path: Path) -> dict[str, Any]:
+    """What a manifest says of a file: {"bytes": size, "sha256": hex digest}."""
+    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a small file so that a reader sees the old content or the new, never a part."""
     path.parent.mkdir(parents=True, exist_ok=True)

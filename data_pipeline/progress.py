@@ -19,3 +19,9 @@ def progress_bar(
         iterable, total=total, unit=unit, desc=description, mininterval=interval, dynamic_ncols=True,
         unit_scale=scale, unit_divisor=1024 if unit == "B" else 1000, initial=initial, disable=disable,
     )  # fmt: skip
+
+
+def say(line: str) -> None:
+    """Print a line on stdout, above a bar that is being shown."""
+    tqdm.write(line, file=sys.stdout)
+    sys.stdout.flush()

@@ -263,7 +263,7 @@ def main() -> int:
     parser.add_argument("export", type=Path, help="RUN/exports/<images seen>")
     parser.add_argument("--data", type=Path, required=True, help="a data split, such as data/cifar10/test")
     parser.add_argument("--metrics", default="nll", help="comma-separated: nll, fd")
-    parser.add_argument("--weights", choices=("ema", "model"), default="ema")
+    parser.add_argument("--weights", default="ema", help="ema, model (the bare ones), or such as ema_0.999")
     parser.add_argument("--mode", choices=("importance", "exact"), default="importance", help="of the NLL")
     parser.add_argument("--num-calls", type=int, default=2048, help="network calls of an importance-sampled NLL")
     parser.add_argument("--num-images", type=int, default=4, help="images of an exact NLL (each takes T calls)")

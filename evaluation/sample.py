@@ -163,7 +163,7 @@ def _parse() -> argparse.Namespace:
         "--respacing", action="append", help="steps: 50, 10,15,20, ddim50, quadratic50; once, or for each export"
     )
     parser.add_argument("--eta", type=float, default=0.0, help="noise of ddim")
-    parser.add_argument("--weights", choices=("ema", "model"), default="ema")
+    parser.add_argument("--weights", default="ema", help="ema, model (the bare ones), or such as ema_0.999")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=16, help="images at a time")
     parser.add_argument("--num-threads", type=int, help="CPU threads")

@@ -28,5 +28,7 @@ def make_export(folder: Path, stage: Stage) -> Path:
     """An export of such a network."""
     tensors = dict(stage.network.state_dict())
     info = export_info(stage.config, nimg=8, compute=1.0, run_id="random", data="none")
-    save_export(folder, {"ema": tensors.items(), "model": tensors.items()}, config=to_yaml(stage.config), info=info)
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    weights = {"ema": tensors.__getitem__, "model": tensors.__getitem__}
+    save_export(folder, weights, shapes, config=to_yaml(stage.config), info=info)
     return folder

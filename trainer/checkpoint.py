@@ -11,25 +11,25 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import traceback
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
 from torch import Tensor
 
 from data_pipeline.errors import AgreedError, UserError, disk_message
-from data_pipeline.files import fsync_file, sha256_file, write_atomic, write_json
-from trainer.engine import MOMENTS, Engine, Fragment
-from trainer.processes import Processes
+from data_pipeline.files import file_entry, fsync_file, sha256_file, write_atomic, write_json
+from trainer.engine import Engine, Fragment
+from trainer.tensor_files import write_mapping
 
 MANIFEST = "manifest.json"
-KINDS = ("weight", *MOMENTS, "ema")
 FORMAT = 1
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -42,109 +42,113 @@ class RunState:
     seconds: float  # of training so far, over all lives of the run
     data_fingerprint: str
     layout: dict[str, Any]  # of the processes that wrote it
+    loss_scale: tuple[float, int] | None = None  # fp16: its value and the steps since its last change
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """One process's part of a checkpoint, in the host's memory."""
+
+    state: RunState
+    shapes: dict[str, tuple[int, ...]]  # of all parameters
+    fragments: dict[str, Tensor]  # by "kind|parameter|offset": what this process owns
+    sampler: dict[str, Tensor]  # the timestep sampler's history
+    config_yaml: str
+
+
+class Peers(Protocol):
+    """The processes that write a checkpoint together."""
+
+    @property
+    def rank(self) -> int: ...
+
+    def gather_objects(self, value: T) -> list[T]: ...
 
 
 def checkpoint_name(nimg: int) -> str:
     return f"{nimg:012d}"
 
 
-def save_checkpoint(
-    folder: Path,
-    *,
-    engine: Engine,
-    ema: list[Tensor],
-    sampler_state: dict[str, Tensor],
-    state: RunState,
-    config_yaml: str,
-    processes: Processes,
-) -> Path:
+def fragment_tensors(owned: list[Fragment], averages: dict[str, list[Tensor]]) -> dict[str, Tensor]:
+    """All that a process has to save, by the keys it has in a checkpoint; live views.
+
+    `averages`: by name, tensors beside `owned`.
+    """
+    tensors: dict[str, Tensor] = {}
+    for i, fragment in enumerate(owned):
+        kinds = {"weight": fragment.weight, **fragment.moments} | {name: a[i] for name, a in averages.items()}
+        tensors |= {f"{kind}|{fragment.name}|{fragment.offset}": tensor for kind, tensor in kinds.items()}
+    return tensors
+
+
+def write_checkpoint(folder: Path, snapshot: Snapshot, peers: Peers) -> Path:
     """Write `folder/<nimg>` together with all processes; returns its path.
 
-    Raises UserError on every process when any of them could not write; earlier checkpoints stay as they are.
+    Raises AgreedError on every process when any of them could not write; earlier checkpoints stay as they are.
     """
-    final = folder / checkpoint_name(state.nimg)
+    final = folder / checkpoint_name(snapshot.state.nimg)
     temporary = folder / f".{final.name}.tmp"
+    is_main = peers.rank == 0
 
-    def prepare() -> None:
+    def begin() -> None:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
 
-    with _AgreedFailure(processes) as attempt:
-        if processes.is_main:
-            attempt(prepare)
-    listing: dict[str, Any] = {}
-    with _AgreedFailure(processes, clean=temporary) as attempt:
-        listing = attempt(lambda: _write_own(temporary, engine.owned, ema, processes)) or {}
-    listings = processes.gather_objects(listing)
-
     def finish() -> None:
         files = {name: entry for part in listings for name, entry in part.items()}
-        files |= _write_common(temporary, sampler_state, state, config_yaml)
-        shapes = {name: list(shape) for name, shape in engine.shapes.items()}
-        write_json(temporary / MANIFEST, {"format": FORMAT, "nimg": state.nimg, "shapes": shapes, "files": files})
+        files |= _write_common(temporary, snapshot)
+        shapes = {name: list(shape) for name, shape in snapshot.shapes.items()}
+        write_json(
+            temporary / MANIFEST, {"format": FORMAT, "nimg": snapshot.state.nimg, "shapes": shapes, "files": files}
+        )
         if final.exists():  # a damaged one of the same name, skipped at resume
             shutil.rmtree(final)
         os.rename(temporary, final)
         fsync_file(folder)
 
-    with _AgreedFailure(processes, clean=temporary) as attempt:
-        if processes.is_main:
-            attempt(finish)
+    try:
+        together(peers, begin if is_main else None)
+        listings = together(peers, lambda: _write_own(temporary, snapshot, peers.rank))
+        together(peers, finish if is_main else None)
+    except AgreedError:
+        if is_main:
+            shutil.rmtree(temporary, ignore_errors=True)
+        raise
     return final
 
 
-class _AgreedFailure:
-    """Runs a step that may fail on one process, and makes all processes fail together."""
+def together(peers: Peers, action: Callable[[], T] | None) -> list[T]:
+    """Do a step that may fail for want of disk, on those processes that have one; their results, in order of rank.
 
-    def __init__(self, processes: Processes, clean: Path | None = None) -> None:
-        self._processes = processes
-        self._clean = clean
-        self._message: str | None = None
-
-    def __enter__(self) -> Any:
-        return self._attempt
-
-    def _attempt(self, action: Any) -> Any:
-        try:
-            return action()
-        except (OSError, SafetensorError) as error:
-            self._message = disk_message(error) or f"{type(error).__name__}: {error}"
-            return None
-
-    def __exit__(self, kind: Any, *_: Any) -> None:
-        if kind is not None:
-            return
-        messages = [m for m in self._processes.gather_objects(self._message) if m]
-        if messages:
-            if self._clean is not None and self._processes.is_main:
-                shutil.rmtree(self._clean, ignore_errors=True)
-            raise AgreedError(f"the checkpoint could not be written, the previous ones are intact: {messages[0]}")
+    Raises AgreedError on all processes where it failed on any.
+    """
+    result, message = None, None
+    try:
+        result = action() if action else None
+    except Exception as error:  # whatever it is, the others must not wait for ever
+        if not isinstance(error, OSError | UserError):
+            traceback.print_exc()
+        message = disk_message(error) or f"{type(error).__name__}: {error}"
+    outcomes = peers.gather_objects((result, message))
+    messages = [message for _, message in outcomes if message]
+    if messages:
+        raise AgreedError(f"the checkpoint could not be written, the previous ones are intact: {messages[0]}")
+    return [result for result, _ in outcomes if result is not None]
 
 
-def _write_own(folder: Path, owned: list[Fragment], ema: list[Tensor], processes: Processes) -> dict[str, Any]:
-    tensors: dict[str, Tensor] = {}
-    for fragment, average in zip(owned, ema, strict=True):
-        parts = {"weight": fragment.weight, **fragment.moments, "ema": average}
-        for kind, tensor in parts.items():
-            tensors[f"{kind}|{fragment.name}|{fragment.offset}"] = tensor.detach().cpu().clone()
-    path = folder / f"rank-{processes.rank:05d}.safetensors"
-    save_file(tensors, path)
-    return {path.name: _entry(path)}
+def _write_own(folder: Path, snapshot: Snapshot, rank: int) -> dict[str, Any]:
+    name = f"rank-{rank:05d}.safetensors"
+    return {name: write_mapping(folder / name, snapshot.fragments)}
 
 
-def _write_common(folder: Path, sampler: dict[str, Tensor], state: RunState, config_yaml: str) -> dict[str, Any]:
-    write_json(folder / "state.json", asdict(state))
-    write_atomic(folder / "config.yaml", config_yaml)
-    names = ["state.json", "config.yaml"]
-    if sampler:
-        save_file({key: value.cpu().contiguous() for key, value in sampler.items()}, folder / "sampler.safetensors")
-        names.append("sampler.safetensors")
-    return {name: _entry(folder / name) for name in names}
-
-
-def _entry(path: Path) -> dict[str, Any]:
-    fsync_file(path)
-    return {"bytes": path.stat().st_size, "sha256": sha256_file(path)}
+def _write_common(folder: Path, snapshot: Snapshot) -> dict[str, Any]:
+    write_json(folder / "state.json", asdict(snapshot.state))
+    write_atomic(folder / "config.yaml", snapshot.config_yaml)
+    files = {name: file_entry(folder / name) for name in ("state.json", "config.yaml")}
+    if snapshot.sampler:
+        name = "sampler.safetensors"
+        files[name] = write_mapping(folder / name, snapshot.sampler)
+    return files
 
 
 class CheckpointReader:
@@ -193,19 +197,22 @@ class CheckpointReader:
             return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
 
     def weights(self, kind: str) -> Iterator[tuple[str, Tensor]]:
-        """(name, tensor) of every parameter, one at a time; kind is "weight" or "ema"."""
+        """(name, tensor) of every parameter, one at a time; kind is "weight", "ema" or another average."""
         for name in self.shapes:
             yield name, self.whole(kind, name)
 
-    def restore(self, engine: Engine, ema: list[Tensor]) -> None:
-        """Fill this process's fragments: master weights, moments, averages and Adam's step count."""
+    def restore(self, engine: Engine, averages: dict[str, list[Tensor]]) -> None:
+        """Fill this process's fragments: master weights, moments, averages; and what the optimizer counts."""
         for fragment in engine.held:
             self.read_into(fragment.weight, "weight", fragment.name, fragment.offset)
             for kind, moment in fragment.moments.items():
                 self.read_into(moment, kind, fragment.name, fragment.offset)
-        for fragment, average in zip(engine.owned, ema, strict=True):
-            self.read_into(average, "ema", fragment.name, fragment.offset)
+        for kind, shadows in averages.items():
+            for fragment, shadow in zip(engine.owned, shadows, strict=True):
+                self.read_into(shadow, kind, fragment.name, fragment.offset)
         engine.num_updates = self.state.num_updates
+        if engine.loss_scale and self.state.loss_scale:
+            engine.loss_scale.set(*self.state.loss_scale)
 
 
 def verify(path: Path) -> str | None:
@@ -264,7 +271,8 @@ def set_aside(path: Path) -> None:
     path.rename(aside)
 
 
-def remove_old(folder: Path, keep: int) -> None:
-    """Delete all but the newest `keep` checkpoints."""
+def remove_old(folder: Path, keep: int, *, every: int | None = None) -> None:
+    """Delete all but the newest `keep` checkpoints and, for good, those at multiples of `every` images."""
     for path in list_checkpoints(folder)[keep:]:
-        shutil.rmtree(path, ignore_errors=True)
+        if not every or int(path.name) % every:
+            shutil.rmtree(path, ignore_errors=True)

@@ -213,6 +213,11 @@ class TrainConfig(Section):
     export_images: tuple[int, ...] = ()  # images seen at which the model is exported; always at the end
     sample_grid: SampleGridConfig = SampleGridConfig()
 
+    @property
+    def ema_decays(self) -> dict[str, float]:
+        """Every average by the name it has in checkpoints and exports: "ema", then such as "ema_0.999"."""
+        return {"ema": self.ema_decay} | {f"ema_{decay:g}": decay for decay in self.extra_ema_decays}
+
     @model_validator(mode="after")
     def _one_budget(self) -> TrainConfig:
         if (self.budget_images is None) == (self.budget_flops is None):
@@ -223,7 +228,11 @@ class TrainConfig(Section):
         if self.micro_batch is not None and self.global_batch % self.micro_batch:
             raise ValueError(f"train.micro_batch={self.micro_batch} must divide train.global_batch={self.global_batch}")
         decays = (self.ema_decay, *self.extra_ema_decays)
-        if len(set(decays)) < len(decays) or any(not 0 <= decay < 1 for decay in decays):
+        if (
+            len(self.ema_decays) < len(decays)
+            or decays.count(self.ema_decay) > 1
+            or any(not 0 <= decay < 1 for decay in decays)
+        ):
             raise ValueError(
                 f"train.extra_ema_decays={list(self.extra_ema_decays)}: give different numbers from 0 to below 1, "
                 f"none of them train.ema_decay={self.ema_decay}"

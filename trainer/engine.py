@@ -1,7 +1,8 @@
 """DeepSpeed behind four verbs: forward, backward, step, and the fragments of the state this process owns.
 
-Nothing else in the project knows DeepSpeed. Parameters and optimizer state are float32 at every ZeRO stage (bf16
-means autocast), so that a fragment of the weights is the master copy itself and not an image of it.
+Nothing else in the project knows DeepSpeed. It sees a float32 network at every precision: bf16 and fp16 are torch's
+autocast around the network's forward. So gradients are accumulated and reduced in float32, and a fragment of the
+weights is the master copy itself and not an image of it.
 """
 
 from __future__ import annotations
@@ -16,13 +17,14 @@ from torch import Tensor, nn
 
 from data_pipeline.errors import ConfigError
 from trainer.config import RunConfig
+from trainer.deepspeed_settings import deepspeed_settings
+from trainer.optimizer import GuardedAdamW, LossScale
 from trainer.processes import Processes
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 # DeepSpeed still uses names that the newest torch renames.
 warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+_tensor.* is deprecated")
-# DeepSpeed reports the gradient norm only where it clips; this bound never does.
-NEVER_CLIPS = 1e30
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
@@ -54,77 +56,84 @@ class Engine:
         self.stage = config.engine.zero_stage
         self.micro_batch, self.accumulation = split_batch(config, processes.world_size)
         self.shapes = {name: tuple(p.shape) for name, p in network.named_parameters()}
-        network.to(processes.device)
-        optimizer = torch.optim.AdamW(
-            network.parameters(),
-            lr=config.train.lr, betas=config.train.betas, weight_decay=config.train.weight_decay, fused=True,
+        self._channels_last = config.engine.channels_last
+        device = processes.device
+        network.to(device)
+        if config.engine.precision in DTYPES:
+            network.forward = torch.autocast(device.type, DTYPES[config.engine.precision])(network.forward)
+        self.loss_scale = LossScale.create(config.engine, device)
+        self.adam = GuardedAdamW(
+            network.parameters(), grad_clip=config.train.grad_clip, loss_scale=self.loss_scale, device=device,
+            lr=config.train.lr, betas=config.train.betas, weight_decay=config.train.weight_decay,
+        )  # fmt: skip
+        settings = deepspeed_settings(
+            config, device, micro_batch=self.micro_batch, accumulation=self.accumulation,
+            num_params=sum(p.numel() for p in network.parameters()),
         )  # fmt: skip
         self._engine, *_ = deepspeed.initialize(
-            model=network, optimizer=optimizer, config=self._deepspeed_config(config), dist_init_required=False
+            model=network, optimizer=self.adam, config=settings, dist_init_required=False
         )
-        self._adam: torch.optim.Optimizer = getattr(self._engine.optimizer, "optimizer", None) or self._engine.optimizer
+        self.adam.sum_squares_with(self._sum_over_processes)
         self._create_moments()
-        self._stage0_norm: Tensor | None = None
         self.held = self._held_fragments()  # what this process must load
         self.owned = self._owned_fragments()  # what it must save: every element has exactly one owner
+        if config.engine.compile:
+            self._engine.compile()
 
-    def _deepspeed_config(self, config: RunConfig) -> dict[str, Any]:
-        settings: dict[str, Any] = {
-            "train_batch_size": config.train.global_batch,
-            "train_micro_batch_size_per_gpu": self.micro_batch,
-            "gradient_accumulation_steps": self.accumulation,
-            "gradient_clipping": config.train.grad_clip or NEVER_CLIPS,
-            "zero_optimization": {"stage": self.stage},
-            "zero_allow_untested_optimizer": True,
-            "zero_force_ds_cpu_optimizer": False,
-            "steps_per_print": 1 << 60,
-        }
-        if config.engine.precision == "bf16":
-            settings["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-        return settings
+    def _sum_over_processes(self, squares: Tensor) -> Tensor:
+        # Without ZeRO everybody has all gradients, reduced already; else only its own part of them.
+        own = squares / self.processes.world_size if self.stage == 0 else squares
+        return self.processes.all_reduce_sum(own)
 
     # ---- a step -------------------------------------------------------------------------------------------------
 
+    @property
+    def network(self) -> nn.Module:
+        """The network itself; under ZeRO-3 its parameters are whole only within a forward or backward pass."""
+        module: nn.Module = self._engine.module
+        return module
+
     def forward(self, x: Tensor, time: Tensor, labels: Tensor | None, low_res: Tensor | None) -> Tensor:
         """The network's output in float32: [B, out_channels, H, W]."""
+        if self._channels_last:
+            x = x.contiguous(memory_format=torch.channels_last)
         output: Tensor = self._engine(x, time, labels, low_res)
         return output.float()
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of one micro-batch's mean loss."""
-        self._engine.backward(loss)
+        self.adam.watch_loss(loss)
+        self._engine.backward(loss * self.loss_scale.value if self.loss_scale else loss)
 
     def step(self, lr: float) -> None:
-        """End a micro-batch; at the last of a step, reduce, clip and update with this learning rate."""
+        """End a micro-batch; at the last of a step, reduce, clip and update with this learning rate.
+
+        What came of it is in `adam`: grad_norm, skipped, skips_in_a_row.
+        """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = lr
-        if self.stage == 0 and self._engine.is_gradient_accumulation_boundary():
-            # Without ZeRO, DeepSpeed clips but does not tell the norm. The gradients are reduced by now.
-            gradients = [p.grad for p in self._engine.module.parameters() if p.grad is not None]
-            self._stage0_norm = torch.nn.utils.get_total_norm(gradients)
+        last = self._engine.is_gradient_accumulation_boundary()
         self._engine.step()
-
-    def grad_norm(self) -> Tensor:
-        """Global norm of the last step's gradient before clipping, scalar."""
-        norm = self._stage0_norm if self.stage == 0 else self._engine.get_global_grad_norm()
-        return torch.as_tensor(norm if norm is not None else float("nan"), device=self.processes.device).float()
+        if last and not self.adam.stepped:  # ZeRO-3 and offloading check the gradient themselves
+            self.adam.skip()
+        self.adam.stepped = False
 
     # ---- the state ----------------------------------------------------------------------------------------------
 
     @property
     def num_updates(self) -> int:
         """Adam's step count."""
-        return int(next(iter(self._adam.state.values()))["step"])
+        return int(next(iter(self.adam.state.values()))["step"])
 
     @num_updates.setter
     def num_updates(self, value: int) -> None:
-        for state in self._adam.state.values():
+        for state in self.adam.state.values():
             state["step"].fill_(value)
 
     def _create_moments(self) -> None:
         """Adam makes its state at the first step; made here, it can be restored and looked at before that."""
         for flat in self._flat_masters():
-            self._adam.state[flat] = {
+            self.adam.state[flat] = {
                 "step": torch.zeros((), dtype=torch.float32, device=flat.device),
                 "exp_avg": torch.zeros_like(flat),
                 "exp_avg_sq": torch.zeros_like(flat),
@@ -134,7 +143,7 @@ class Engine:
         """The tensors that Adam itself updates: parameters at stage 0, flat partitions above."""
         if self.stage == 3:
             return list(self._engine.optimizer.fp32_partitioned_groups_flat)
-        return [p for group in self._adam.param_groups for p in group["params"]]
+        return [p for group in self.adam.param_groups for p in group["params"]]
 
     def _held_fragments(self) -> list[Fragment]:
         parameters = list(self._engine.module.named_parameters())
@@ -172,7 +181,7 @@ class Engine:
         return self._fragment(name, offset, zero.fp32_partitioned_groups_flat[group], start, length)
 
     def _fragment(self, name: str, offset: int, flat: Tensor, start: int, length: int) -> Fragment:
-        state = self._adam.state[flat]
+        state = self.adam.state[flat]
         moments = {kind: state[kind].view(-1).narrow(0, start, length) for kind in MOMENTS}
         return Fragment(name, offset, flat.detach().view(-1).narrow(0, start, length), moments)
 

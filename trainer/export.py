@@ -1,25 +1,28 @@
-"""An export: the weights, their average and the config. All that evaluation needs, without DeepSpeed."""
+"""An export: the weights, their averages and the config. All that evaluation needs, without DeepSpeed."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from safetensors.torch import load_file, save_file
+import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from data_pipeline.errors import UserError
-from data_pipeline.files import fsync_file, sha256_file, write_atomic, write_json
+from data_pipeline.files import file_entry, fsync_file, write_atomic, write_json
 from trainer.checkpoint import MANIFEST, CheckpointReader, checkpoint_name, verify
 from trainer.config import RunConfig, load_config
 from trainer.models import build_model, count
+from trainer.tensor_files import Shape, write_tensors
 
-Weights = Literal["ema", "model"]
-FILES: dict[Weights, str] = {"ema": "ema.safetensors", "model": "model.safetensors"}
+Weights = str  # "model" the bare ones, "ema" their average, "ema_0.999" one of further averages
+SUFFIX = ".safetensors"
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Export:
     def tensors(self, weights: Weights) -> dict[str, Tensor]:
         """The averaged or the bare weights by parameter name, on the CPU. Raises UserError where it has them not."""
         self.check_holds(weights)
-        return load_file(self.path / FILES[weights])
+        return load_file(self.path / f"{weights}{SUFFIX}")
 
     def network(self, weights: Weights) -> nn.Module:
         """The network with the averaged or the bare weights, in evaluation mode, on the CPU.
@@ -62,33 +65,35 @@ def write_export(checkpoint: Path, exports: Path, *, run_id: str) -> Path:
         return final
     config = load_config(checkpoint / "config.yaml")
     info = export_info(config, nimg=state.nimg, compute=state.compute, run_id=run_id, data=state.data_fingerprint)
-    weights: dict[Weights, Iterable[tuple[str, Tensor]]]
-    weights = {"ema": reader.weights("ema"), "model": reader.weights("weight")}
-    save_export(final, weights, config=(checkpoint / "config.yaml").read_bytes(), info=info)
+    kinds = {name: name for name in config.train.ema_decays} | {"model": "weight"}
+    weights: dict[Weights, Callable[[str], Tensor]] = {
+        ours: partial(reader.whole, kind) for ours, kind in kinds.items()
+    }
+    save_export(final, weights, reader.shapes, config=(checkpoint / "config.yaml").read_bytes(), info=info)
     return final
 
 
 def save_export(
-    final: Path, weights: Mapping[Weights, Iterable[tuple[str, Tensor]]], *, config: str | bytes, info: dict[str, Any]
-) -> None:
+    final: Path, weights: Mapping[Weights, Callable[[str], Tensor]], shapes: Mapping[str, Shape],
+    *, config: str | bytes, info: dict[str, Any],
+) -> None:  # fmt: skip
     """Write the folder `final` completely or not at all; what was there is replaced.
 
-    `weights`: (parameter name, float32 tensor) of one kind or both, taken in when that kind is written; `config`: the
-    resolved YAML; `info`: see `export_info`.
+    `weights`: for each kind, what gives a parameter's float32 values by its name, asked for one at a time; `shapes`:
+    of all parameters; `config`: the resolved YAML; `info`: see `export_info`.
     """
     temporary = final.with_name(f".{final.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
+    specs = {name: (shape, torch.float32) for name, shape in shapes.items()}
     try:
-        for kind, tensors in weights.items():
-            save_file(dict(tensors), temporary / FILES[kind])
+        files = {
+            f"{kind}{SUFFIX}": write_tensors(temporary / f"{kind}{SUFFIX}", specs, weights[kind]) for kind in weights
+        }
         write_atomic(temporary / "config.yaml", config)
         write_json(temporary / "export.json", info)
-        names = [*(FILES[kind] for kind in weights), "config.yaml", "export.json"]
-        for name in names:
-            fsync_file(temporary / name)
-        entries = {n: {"bytes": (temporary / n).stat().st_size, "sha256": sha256_file(temporary / n)} for n in names}
-        write_json(temporary / MANIFEST, {"files": entries})
+        files |= {name: file_entry(temporary / name) for name in ("config.yaml", "export.json")}
+        write_json(temporary / MANIFEST, {"files": files})
         shutil.rmtree(final, ignore_errors=True)
         temporary.rename(final)
     except BaseException:
@@ -127,5 +132,5 @@ def open_export(path: Path) -> Export:
         path=path,
         config=load_config(path / "config.yaml"),
         info=json.loads((path / "export.json").read_text()),
-        weights_sha256={kind: files[name]["sha256"] for kind, name in FILES.items() if name in files},
+        weights_sha256={n.removesuffix(SUFFIX): entry["sha256"] for n, entry in files.items() if n.endswith(SUFFIX)},
     )

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -98,6 +99,11 @@ class InputSource:
 
     def close(self) -> None:
         self._stream.close()
+
+
+def downsample(x0: Tensor, size: int) -> Tensor:
+    """Images [B, C, H, W] area-averaged to [B, C, size, size]: the upsampler's condition."""
+    return F.interpolate(x0, (size, size), mode="area")
 
 
 def open_dataset(config: RunConfig) -> ShardDataset:

@@ -15,29 +15,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from data_pipeline.dataset import ShardDataset
 from data_pipeline.errors import AgreedError
-from data_pipeline.progress import progress_bar
-from trainer.checkpoint import CheckpointReader, RunState, newest_valid, remove_old, save_checkpoint
+from data_pipeline.progress import progress_bar, say
+from trainer.checkpoint import CheckpointReader, RunState, Snapshot, fragment_tensors, newest_valid, remove_old
 from trainer.config import RunConfig, to_yaml
+from trainer.diagnosis import Recomputed, diagnose
 from trainer.diffusion.gaussian import GaussianDiffusion
-from trainer.diffusion.objectives import training_losses
+from trainer.diffusion.objectives import Losses, training_losses
 from trainer.diffusion.timesteps import make_timestep_sampler
 from trainer.ema import ShardedEma
 from trainer.engine import Engine, split_batch
-from trainer.export import open_export, write_export
-from trainer.grid import save_grid
-from trainer.inputs import InputSource, StepInputs, open_dataset
-from trainer.meter import Meter, is_finite
+from trainer.inputs import InputSource, StepInputs, downsample, open_dataset
+from trainer.journal import Journal
+from trainer.meter import Meter
 from trainer.models import ModelCost, build_model, count
+from trainer.noise_scale import NoiseScale
+from trainer.outputs import Outputs
+from trainer.peak import peak_flops
 from trainer.processes import Processes, StopAgreement, StopRequest
+from trainer.profiler import StepProfiler
 from trainer.run_folder import RunFolder
-from trainer.sampling import Stage, sample
+from trainer.saver import HostCopies, Saver
 from trainer.tracking.follow import SyncProcess
-from trainer.tracking.records import RecordWriter, TrainRecord
+from trainer.tracking.records import TrainRecord
 
 FINISHED, STOPPED = 0, 3  # exit codes
 
@@ -107,9 +110,10 @@ class Run:
         self, config: RunConfig, folder: RunFolder, plan: Plan, cost: ModelCost, dataset: ShardDataset,
         processes: Processes,
     ) -> None:  # fmt: skip
-        self.config, self.folder, self.plan, self.processes, self.dataset = config, folder, plan, processes, dataset
-        self.flops_per_image = cost.train_flops
+        self.config, self.folder, self.plan, self.processes = config, folder, plan, processes
+        self.flops_per_image, self.data_fingerprint = cost.train_flops, dataset.manifest.fingerprint
         device = processes.device
+        peak = config.engine.peak_flops or peak_flops(device, config.engine.precision)[0]
         reader = self._find_checkpoint()
         torch.manual_seed(config.seed)
         network = build_model(
@@ -118,19 +122,26 @@ class Run:
         if reader is not None:
             network.load_state_dict(dict(reader.weights("weight")), strict=True)
         self.engine = Engine(network, config, processes)
-        self.ema = ShardedEma(self.engine.owned, config.train.ema_decay)
+        self.ema = ShardedEma(self.engine.owned, config.train.ema_decays)
         self.diffusion = GaussianDiffusion.create(config.diffusion, device)
         self.timesteps = make_timestep_sampler(config.diffusion, device)
         self.inputs = InputSource(config, dataset, processes)
-        self.meter = Meter(config.diffusion.num_timesteps, self.flops_per_image, processes)
+        self.meter = Meter(config, self.flops_per_image, processes, peak)
+        self.noise_scale = NoiseScale(
+            self.engine.network.parameters(), micro_batch=self.engine.micro_batch,
+            global_batch=config.train.global_batch, accumulation=self.engine.accumulation,
+        )  # fmt: skip
+        self.profiler = StepProfiler(folder.path, config.engine.profile_steps, processes)
+        self.saver, self.copies = Saver(folder.checkpoints, processes), HostCopies()
+        self.outputs = Outputs(config, folder, dataset, device)
         self.nimg, self.seconds_before, self.lr = 0, 0.0, 0.0
         if reader is not None:
             reader.restore(self.engine, self.ema.shadows)
             self.timesteps.load(reader.sampler_state())
             self.nimg, self.seconds_before = reader.state.nimg, reader.state.seconds
             if self.nimg in plan.exports:  # an earlier life may have died between the checkpoint and its export
-                processes.from_main(lambda: self._export(reader.path))
-        self.records = RecordWriter(folder.path, self.nimg) if processes.is_main else None
+                processes.from_main(lambda: self.outputs.export(reader.path))
+        self.journal = Journal(folder.path, self.nimg, config, processes)
         self.began = time.perf_counter()
 
     def _find_checkpoint(self) -> CheckpointReader | None:
@@ -143,10 +154,10 @@ class Run:
         if path is None:
             return None
         reader = CheckpointReader(path)
-        if reader.state.data_fingerprint != self.dataset.manifest.fingerprint:
+        if reader.state.data_fingerprint != self.data_fingerprint:
             raise AgreedError(
                 f"{path} was trained on other data than {self.config.data.train} "
-                f"({reader.state.data_fingerprint} against {self.dataset.manifest.fingerprint}); "
+                f"({reader.state.data_fingerprint} against {self.data_fingerprint}); "
                 "set data.train to the former data, or choose another run.folder=..."
             )
         return reader
@@ -162,16 +173,17 @@ class Run:
         with bar, self.inputs.steps(self.nimg, plan.total, batch) as steps:
             for inputs in steps:
                 self.step(inputs)
+                self.nimg += batch
                 bar.update(batch)
-                stopping = agreement.after_step(stop.requested) and self.nimg < plan.total
+                self.profiler.step(self.nimg)
+                stopping = agreement.after_step(stop.requested or self.saver.failed) and self.nimg < plan.total
 
                 if self.nimg % plan.log_every == 0 or plan.saves(self.nimg) or stopping:
-                    self.log(self.meter.close_interval(
-                        self.nimg, wait_seconds=steps.wait_seconds, lr=self.lr,
-                        warmed_up=self.timesteps.warmed_up_share(),
-                    ))  # fmt: skip
+                    self.log(self.close_interval(steps.wait_seconds), inputs)
+                    self.outputs.draw_samples()
                 stop.saving = stopping
                 if plan.saves(self.nimg) or stopping:
+                    self.log(self.meter.flush(), inputs)
                     self.save()
                 if stopping:
                     return self.stopped(stop)
@@ -179,43 +191,54 @@ class Run:
         return FINISHED
 
     def step(self, inputs: StepInputs) -> None:
-        """One update from this process's share of a global batch."""
+        """One update from this process's share of a global batch, which begins at image nimg."""
         self.lr = self.learning_rate()
         drawn: list[Tensor] = []
         losses: list[Tensor] = []
         total = torch.zeros((), device=self.processes.device)
-        for number, micro in enumerate(inputs.split(self.engine.micro_batch)):
-            if self.config.model.dropout > 0:
-                self._seed_dropout(number)
-            t, loss, unweighted = self.micro_step(micro.to(self.processes.device))
-            drawn.append(t)
-            losses.append(unweighted)
-            total += loss / self.engine.accumulation
+        scale = self.engine.loss_scale.value if self.engine.loss_scale else None
+        with self.noise_scale.watch(measure=self.nimg % self.plan.log_every == 0, loss_scale=scale):
+            for number, micro in enumerate(inputs.split(self.engine.micro_batch)):
+                t, loss, each = self.micro_step(number, micro)
+                drawn.append(t)
+                losses.append(each)
+                total += loss / self.engine.accumulation
         self.timesteps_update(torch.cat(drawn), torch.cat(losses))
         self.ema.update(self.nimg // self.config.train.global_batch)
-        self.meter.add_step(total, self.engine.grad_norm())
-        self.nimg += self.config.train.global_batch
+        small_square = self.noise_scale.small_square()
+        if small_square is not None:
+            self.meter.add_noise(small_square, self.engine.adam.grad_norm)
+        self.meter.add_step(total, self.engine.adam.grad_norm, self.engine.adam.skipped)
 
-    def micro_step(self, inputs: StepInputs) -> tuple[Tensor, Tensor, Tensor]:
+    def micro_step(self, number: int, inputs: StepInputs) -> tuple[Tensor, Tensor, Tensor]:
         """Forward, backward and, at the last of a step, the update; returns t [b], mean loss, losses [b]."""
-        model = self.config.model
-        x0 = inputs.images.float() / 127.5 - 1  # [b, C, H, W] in [-1, 1]
-        t, weights = self.timesteps.draw(inputs.u)
-        x_t = self.diffusion.q_sample(x0, t, inputs.noise)
-        output = self.engine.forward(
-            x_t,
-            self.diffusion.network_time(t),
-            inputs.labels if model.num_classes else None,
-            downsample(x0, model.low_res_size) if model.low_res_size else None,
-        )
-        losses = training_losses(
-            self.diffusion, self.config.diffusion, output, x0=x0, x_t=x_t, t=t, noise=inputs.noise
-        )  # fmt: skip
+        t, weights, losses = self.forward(number, inputs)
         loss = (losses.loss * weights).mean()
         self.engine.backward(loss)
         self.engine.step(self.lr)
         self.meter.add_losses(t, weights, losses)
         return t, loss.detach(), losses.loss.detach()
+
+    def forward(self, number: int, inputs: StepInputs) -> tuple[Tensor, Tensor, Losses]:
+        """A micro-batch's timesteps [b], the weights [b] of its losses, and these."""
+        model = self.config.model
+        if model.dropout > 0:
+            self._seed_dropout(number)
+        inputs = inputs.to(self.processes.device)
+        x0 = inputs.images.float() / 127.5 - 1  # [b, C, H, W] in [-1, 1]
+        t, weights = self.timesteps.draw(inputs.u)
+        x_t = self.diffusion.q_sample(x0, t, inputs.noise)
+        with self.meter.forward():
+            output = self.engine.forward(
+                x_t,
+                self.diffusion.network_time(t),
+                inputs.labels if model.num_classes else None,
+                downsample(x0, model.low_res_size) if model.low_res_size else None,
+            )
+        losses = training_losses(
+            self.diffusion, self.config.diffusion, output, x0=x0, x_t=x_t, t=t, noise=inputs.noise
+        )  # fmt: skip
+        return t, weights, losses
 
     def timesteps_update(self, t: Tensor, losses: Tensor) -> None:
         """Tell the timestep sampler what all processes saw, in order of global position."""
@@ -235,34 +258,58 @@ class Run:
 
     # ---- what it leaves behind ----------------------------------------------------------------------------------
 
-    def log(self, record: TrainRecord | None) -> None:
+    def close_interval(self, wait_seconds: float) -> TrainRecord | None:
+        scale = self.engine.loss_scale
+        return self.meter.close_interval(
+            self.nimg, wait_seconds=wait_seconds, lr=self.lr, warmed_up=self.timesteps.warmed_up_share(),
+            skips_in_a_row=self.engine.adam.skips_in_a_row, loss_scale=scale.value if scale else None,
+        )  # fmt: skip
+
+    def log(self, record: TrainRecord | None, inputs: StepInputs) -> None:
+        """Write down an interval; `inputs` are those of the last step, should they be needed to see what is wrong."""
         if record is None:
             return
-        if self.records is not None:
-            self.records.write(record)
-        if not is_finite(record):
+        self.journal.write(record)
+        skipped = record.values["train/skipped_in_a_row"]
+        if skipped >= self.config.train.max_skipped_steps:
+            why = diagnose(
+                self.engine.network, lambda: self._recompute(inputs),
+                [(f.name, f.weight) for f in self.engine.owned], self.processes,
+            )  # fmt: skip
             raise AgreedError(
-                f"the loss is no longer finite at {record.nimg:,} images (loss {record.values['train/loss']}, gradient "
-                f"norm {record.values['train/grad_norm']}). The checkpoints before it are kept. Start again in a new "
-                "run.folder with a lower train.lr, a longer train.warmup_images or train.grad_clip=1."
+                f"{skipped:.0f} steps in a row, up to {record.nimg:,} images, gave no finite loss or gradient and "
+                f"were skipped (train.max_skipped_steps={self.config.train.max_skipped_steps}): {why}. The checkpoints "
+                "hold what was good. Start again in a new run.folder with a lower train.lr, a longer "
+                "train.warmup_images or train.grad_clip=1."
             )
 
+    def _recompute(self, inputs: StepInputs) -> Recomputed:
+        """The last step's forward and backward passes once more."""
+        self.nimg -= self.config.train.global_batch
+        parts = []
+        for number, micro in enumerate(inputs.split(self.engine.micro_batch)):
+            t, weights, losses = self.forward(number, micro)
+            self.engine.backward((losses.loss * weights).mean())
+            parts.append((t, losses.loss.detach()))
+        t, losses_each = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
+        first = self.nimg + self.processes.rank * len(t)
+        return Recomputed(t, torch.arange(first, first + len(t)), losses_each)
+
     def save(self) -> None:
-        """A checkpoint, and an export and samples where the plan has one."""
-        self.log(self.meter.flush())
-        path = save_checkpoint(
-            self.folder.checkpoints,
-            engine=self.engine,
-            ema=self.ema.shadows,
-            sampler_state=self.timesteps.state(),
-            state=self._state(),
-            config_yaml=to_yaml(self.config),
-            processes=self.processes,
-        )
-        if self.nimg in self.plan.exports:
-            self.processes.from_main(lambda: self._export(path))
-        if self.processes.is_main:
-            remove_old(self.folder.checkpoints, self.config.train.keep_checkpoints)
+        """Begin a checkpoint, and an export where the plan has one; both are written while training goes on."""
+        self.saver.wait()  # for the one before: its buffers are used again
+        sampler = self.timesteps.state()
+        copies, ready = self.copies.take(fragment_tensors(self.engine.owned, self.ema.shadows) | sampler)
+        sampler = {name: copies.pop(name) for name in sampler}
+        train, exports = self.config.train, self.nimg in self.plan.exports
+
+        def then(path: Path) -> None:
+            if exports:
+                self.outputs.export(path)
+            remove_old(self.folder.checkpoints, train.keep_checkpoints, every=train.keep_every_images)
+
+        snapshot = Snapshot(self._state(), self.engine.shapes, copies, sampler, to_yaml(self.config))
+        self.saver.save(snapshot, ready, then)
 
     def _state(self) -> RunState:
         seconds = self.seconds_before + time.perf_counter() - self.began
@@ -271,8 +318,9 @@ class Run:
             num_updates=self.engine.num_updates,
             compute=self.nimg * self.flops_per_image,
             seconds=seconds,
-            data_fingerprint=self.dataset.manifest.fingerprint,
+            data_fingerprint=self.data_fingerprint,
             layout=self._layout(),
+            loss_scale=self.engine.loss_scale.get() if self.engine.loss_scale else None,
         )
 
     def _layout(self) -> dict[str, Any]:
@@ -286,41 +334,19 @@ class Run:
             "versions": {"python": platform.python_version(), "torch": torch.__version__},
         }
 
-    def _export(self, checkpoint: Path) -> None:
-        """Write the export of a checkpoint and its grid, where they are not there yet."""
-        export = write_export(checkpoint, self.folder.exports, run_id=self.folder.identity()["id"])
-        grid, picture = self.config.train.sample_grid, self.folder.samples / f"{export.name}.png"
-        if grid.num_images and not picture.exists():
-            network = open_export(export).network("ema").to(self.processes.device)
-            low_res, labels = self._examples(grid.num_images)
-            images = sample(
-                Stage(network, self.config, grid), range(grid.num_images),
-                labels=labels, low_res=low_res, device=self.processes.device,
-            )  # fmt: skip
-            save_grid(images, picture)
-
-    def _examples(self, num_images: int) -> tuple[Tensor | None, list[int] | None]:
-        """What a super-resolution network's samples start from: the data's first images, made small, and their classes.
-
-        (None, None) for other networks.
-        """
-        size = self.config.model.low_res_size
-        if not size:
-            return None, None
-        images, labels = self.dataset.read(torch.arange(num_images).numpy() % len(self.dataset))
-        x0 = torch.from_numpy(images).to(self.processes.device).float() / 127.5 - 1
-        return downsample(x0, size), labels.tolist()
-
     def stopped(self, stop: StopRequest) -> int:
+        self.saver.wait()
         if self.processes.is_main:
             why = stop.reason or "another process was asked to stop"
-            print(f"\nstopped ({why}) at {self.nimg:,} images, saved. The same command continues.", flush=True)
+            say(f"stopped ({why}) at {self.nimg:,} images, saved. The same command continues.")
         return STOPPED
 
     def finish(self) -> None:
-        """Write the result file: the run is complete."""
+        """Wait for the last checkpoint and export, and write the result file: the run is complete."""
+        self.saver.wait()
         if not self.processes.is_main:
             return
+        self.outputs.draw_samples()
         seconds = self._state().seconds
         self.folder.write_result(
             {
@@ -335,10 +361,6 @@ class Run:
 
     def close(self) -> None:
         self.inputs.close()
-        if self.records is not None:
-            self.records.close()
-
-
-def downsample(x0: Tensor, size: int) -> Tensor:
-    """Images [B, C, H, W] area-averaged to [B, C, size, size]: the upsampler's condition."""
-    return F.interpolate(x0, (size, size), mode="area")
+        self.profiler.close(self.nimg)
+        self.saver.close()
+        self.journal.close()

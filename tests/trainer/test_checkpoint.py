@@ -6,15 +6,21 @@ import errno
 import json
 import shutil
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
 from ranks import run_ranks
-from safetensors import SafetensorError
 
 from data_pipeline.errors import UserError
 from trainer import checkpoint as checkpoints
-from trainer.checkpoint import CheckpointReader, list_checkpoints, newest_valid, save_checkpoint, verify
+from trainer.checkpoint import (
+    CheckpointReader,
+    Snapshot,
+    list_checkpoints,
+    newest_valid,
+    remove_old,
+    verify,
+    write_checkpoint,
+)
 from trainer.export import open_export
 
 
@@ -103,39 +109,35 @@ def test_an_export_lost_after_its_checkpoint_is_made_again(finished_run: Path, r
     assert ours.weights_sha256 == theirs.weights_sha256
 
 
-@pytest.mark.parametrize(
-    "error",
-    [
-        OSError(errno.ENOSPC, "No space left on device"),
-        SafetensorError("I/O error: No space left on device (os error 28)"),  # what the library really raises
-    ],
-    ids=["python", "safetensors"],
-)
-def test_a_full_disk_keeps_the_old_checkpoints(run: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
-    class Alone:
-        is_main, rank, world_size = True, 0, 1
+class Alone:
+    rank = 0
 
-        @staticmethod
-        def gather_objects(value: object) -> list[object]:
-            return [value]
+    @staticmethod
+    def gather_objects(value: object) -> list[object]:
+        return [value]
 
-    class NoEngine:
-        owned: tuple[()] = ()
-        shapes: ClassVar[dict[str, tuple[int, ...]]] = {}
 
+@pytest.mark.parametrize("where", ["write_mapping", "write_json"])
+def test_a_full_disk_keeps_the_old_checkpoints(run: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
     def full(*_: object) -> None:
-        raise error
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(checkpoints, "save_file", full)
+    monkeypatch.setattr(checkpoints, where, full)
     before = sorted(p.name for p in (run / "checkpoints").iterdir())
     state = CheckpointReader(run / "checkpoints" / "000000000048").state
     with pytest.raises(UserError, match=r"disk is full.*nothing earlier was lost"):
-        save_checkpoint(
-            run / "checkpoints", engine=NoEngine(), ema=[], sampler_state={}, state=state, config_yaml="",  # type: ignore[arg-type]
-            processes=Alone(),  # type: ignore[arg-type]
-        )  # fmt: skip
+        write_checkpoint(run / "checkpoints", Snapshot(state, {}, {}, {}, ""), Alone())  # type: ignore[arg-type]
     assert sorted(p.name for p in (run / "checkpoints").iterdir()) == before
     assert newest_valid(run / "checkpoints")[0] is not None
+
+
+def test_the_newest_are_kept_and_the_multiples(tmp_path: Path) -> None:
+    for nimg in (100, 150, 200, 250, 300, 350):
+        (tmp_path / f"{nimg:012d}").mkdir()
+    remove_old(tmp_path, 2, every=100)
+    assert [int(p.name) for p in list_checkpoints(tmp_path)] == [350, 300, 200, 100]
+    remove_old(tmp_path, 1)
+    assert [int(p.name) for p in list_checkpoints(tmp_path)] == [350]
 
 
 def test_a_damaged_export_is_refused(run: Path) -> None:

@@ -263,13 +263,16 @@ def test_imported_weights_are_the_same_function(small: Path, tmp_path: Path, kin
 
 
 def our_export(path: Path, config: RunConfig, kinds: tuple[Weights, ...] = ("ema", "model")) -> Export:
-    def tensors(seed: int) -> Iterator[tuple[str, Tensor]]:
+    network = build_model(config.model, config.diffusion)
+    shapes = {name: tuple(p.shape) for name, p in network.named_parameters()}
+
+    def tensors(seed: int) -> dict[str, Tensor]:
         torch.manual_seed(seed)
-        for name, parameter in build_model(config.model, config.diffusion).named_parameters():
-            yield name, torch.randn_like(parameter)
+        return {name: torch.randn(shape) for name, shape in shapes.items()}
 
     info = export_info(config, nimg=1280, compute=1.0, run_id="r", data="d")
-    save_export(path, {kind: tensors(i) for i, kind in enumerate(kinds)}, config=to_yaml(config), info=info)
+    weights = {kind: tensors(i).__getitem__ for i, kind in enumerate(kinds)}
+    save_export(path, weights, shapes, config=to_yaml(config), info=info)
     return open_export(path)
 
 

@@ -21,7 +21,7 @@ from ranks import ROOT, run_ranks, start_ranks
 from data_pipeline.dataset import ShardDataset
 from trainer.export import open_export
 from trainer.grid import save_grid
-from trainer.loop import downsample
+from trainer.inputs import downsample
 from trainer.ports import free_port
 from trainer.sampling import Stage, sample
 from trainer.tracking.records import read_train_records

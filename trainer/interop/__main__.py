@@ -16,7 +16,6 @@ from pathlib import Path
 
 from data_pipeline.errors import ConfigError, run_cli
 from trainer.config import load_config
-from trainer.export import FILES
 from trainer.interop import FORMATS
 from trainer.interop.convert import export_checkpoint, import_checkpoint
 from trainer.interop.presets import find_preset
@@ -38,7 +37,7 @@ def parse_arguments(arguments: Sequence[str] | None = None) -> argparse.Namespac
     take = commands.add_parser("export", help="an export of ours to a checkpoint of another code base")
     take.add_argument("export", type=Path, help="RUN/exports/<images seen>, or an imported one")
     take.add_argument("--out", type=Path, required=True, help="the new file, such as ema_0.9999_500000.pt")
-    take.add_argument("--weights", choices=tuple(FILES), default="ema", help="the averaged or the bare ones")
+    take.add_argument("--weights", default="ema", help="ema, model (the bare ones), or a further average it holds")
     for command in (bring, take):
         command.add_argument("--format", choices=tuple(FORMATS), default="improved-diffusion", help="the code base")
     parsed, rest = parser.parse_known_args(arguments)  # overrides may stand anywhere, which positionals may not

@@ -74,9 +74,9 @@ def import_checkpoint(
         config, nimg=nimg, compute=nimg * count(config.model, config.diffusion).train_flops,
         run_id=f"imported-{first['sha256'][:16]}", data=UNKNOWN_DATA,
     )  # fmt: skip
-    weights = {kind: _renamed(tensors, pairs, shapes) for kind, tensors in read.items()}
+    weights = {kind: dict(_renamed(tensors, pairs, shapes)).__getitem__ for kind, tensors in read.items()}
     info["source"] = {"format": format_name, "files": files}
-    save_export(out, weights, config=to_yaml(config), info=info)
+    save_export(out, weights, shapes, config=to_yaml(config), info=info)
     return info
 
 
