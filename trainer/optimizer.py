@@ -98,6 +98,8 @@ class GuardedAdamW(torch.optim.AdamW):
         gradients = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
         squares = torch.stack(torch._foreach_norm(gradients)).square().sum().to(self._loss.device)
         self._judge(self._sum_squares(squares + 0.0 * self._loss).sqrt())  # 0 * inf and 0 * nan are nan
+        # Told this, Adam's kernel leaves everything as it is. An offloaded optimizer is on another device.
+        self.found_inf = self.skipped.to(gradients[0].device)
         super().step(closure)
         self.stepped = True
 
@@ -116,7 +118,6 @@ class GuardedAdamW(torch.optim.AdamW):
         self.skips_in_a_row = torch.where(bad, self.skips_in_a_row + counts.float(), 0.0)
         if self._grad_clip:
             scale = scale * (self.grad_norm / self._grad_clip).clamp(min=1.0)
-        self.found_inf = self.skipped.to(self.param_groups[0]["params"][0].device)  # offloaded ones are elsewhere
         # Adam's kernel divides the gradients by this; where there is nothing to divide by, it need not read it.
         self.grad_scale = scale if self.loss_scale or self._grad_clip else None
         self._loss.zero_()

@@ -1,0 +1,51 @@
+"""Run by the ranks of a test job: `train_scenarios.py` with losses that are made NaN.
+
+    python tests/trainer/poisoned_scenarios.py SCENARIOS.json
+
+"poison": [[rank, first image, last image]]: that process's losses of the steps that begin there are NaN.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import trainer.loop as loop
+from data_pipeline.errors import UserError
+from trainer.config import load_config
+from trainer.loop import Run, train
+from trainer.processes import StopRequest, start_processes
+
+if __name__ == "__main__":
+    spec = json.loads(Path(sys.argv[1]).read_text())
+    processes = start_processes(num_cpu_threads=1)
+    now = {"nimg": 0}
+    make_losses, step = loop.training_losses, Run.step
+
+    def poisoned_step(self: Run, inputs: Any) -> None:
+        now["nimg"] = self.nimg
+        step(self, inputs)
+
+    def poisoned_losses(*arguments: Any, **named: Any) -> Any:
+        losses = make_losses(*arguments, **named)
+        if any(r == processes.rank and first <= now["nimg"] <= last for r, first, last in spec["poison"]):
+            return dataclasses.replace(losses, loss=losses.loss * torch.nan)
+        return losses
+
+    Run.step = poisoned_step  # type: ignore[method-assign]
+    loop.training_losses = poisoned_losses
+    for overrides in spec["runs"]:
+        try:
+            train(load_config(Path(spec["config"]), overrides), processes, StopRequest())
+        except UserError as error:
+            if processes.is_main:
+                print(f"error: {error}")
+    processes.barrier()
+    sys.stdout.flush()
+    os._exit(0)
