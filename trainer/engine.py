@@ -22,6 +22,8 @@ from trainer.optimizer import GuardedAdamW, LossScale
 from trainer.processes import Processes
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+# It warns of optimizers that it does not know; ours is torch's with a guard.
+logging.getLogger("DeepSpeed").addFilter(lambda record: "untested optimizer" not in record.getMessage())
 # DeepSpeed still uses names that the newest torch renames.
 warnings.filterwarnings("ignore", message=r".*torch\.distributed\.\w+_tensor.* is deprecated")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}

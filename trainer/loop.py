@@ -113,7 +113,11 @@ class Run:
         self.config, self.folder, self.plan, self.processes = config, folder, plan, processes
         self.flops_per_image, self.data_fingerprint = cost.train_flops, dataset.manifest.fingerprint
         device = processes.device
-        peak = config.engine.peak_flops or peak_flops(device, config.engine.precision)[0]
+        peak, source = config.engine.peak_flops, "engine.peak_flops"
+        if peak is None:
+            peak, source = peak_flops(device, config.engine.precision)
+        if processes.is_main:
+            say(f"MFU is of {peak / 1e12:.4g} TFLOP/s a process: {source}")
         reader = self._find_checkpoint()
         torch.manual_seed(config.seed)
         network = build_model(

@@ -1,8 +1,10 @@
 """Names a process that is slower than the others, once it has been so for a while.
 
 It reads the meter's `speed/slowest_process` and `speed/slowest_ratio`, which compare the processes' own forward
-passes: the one part of a step in which nobody waits for anybody. That is not so under ZeRO-3, where the forward pass
-gathers weights and so waits for the slowest: there the ratio is near 1 whatever happens, and nobody is named.
+passes: the one part of a step in which nobody waits for anybody. ZeRO-3 is the exception: there the forward pass
+gathers weights, and whoever is fast waits in it for whoever is slow. Where the gathers are prefetched, as they are for
+small networks, the ratio is only smaller than it should be; where every layer waits for its own, it is 1 and nobody is
+named.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Run by the ranks of a test job: a fault on one process, diagnosed under the engine at every ZeRO stage.
 
-    python tests/trainer/diagnosis_ranks.py CONFIG.yaml FOLDER
+python tests/trainer/diagnosis_ranks.py CONFIG.yaml FOLDER
 """
 
 from __future__ import annotations

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -16,15 +18,17 @@ def test_uniform_covers_all_timesteps_evenly() -> None:
 
 
 def test_history_equals_a_plain_loop() -> None:
-    """Repeats within a step included, also more than ten of one timestep at once."""
+    """Repeats within a step included, also more than ten of one timestep at once, and losses that are not finite."""
     torch.manual_seed(0)
     sampler = LossSecondMomentSampler(5)
     rings: list[list[float]] = [[] for _ in range(5)]
-    for size in (1, 7, 64, 3, 40):
+    for size in (1, 7, 96, 3, 60):
         t, losses = torch.randint(0, 5, (size,)), torch.rand(size)
+        losses[::3] = torch.tensor([torch.nan, torch.inf]).repeat(size)[: len(losses[::3])]
         sampler.update(t, losses)
         for step, loss in zip(t.tolist(), losses.tolist(), strict=True):
-            rings[step].append(loss)
+            if math.isfinite(loss):
+                rings[step].append(loss)
         for step, ring in enumerate(rings):
             kept = sorted(ring[-HISTORY:]) + [0.0] * (HISTORY - len(ring[-HISTORY:]))
             found = sampler.history[step]

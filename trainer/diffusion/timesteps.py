@@ -71,19 +71,23 @@ class LossSecondMomentSampler:
         return t, (1 / (self.num_timesteps * p[t])).float()
 
     def update(self, t: Tensor, losses: Tensor) -> None:
+        # A loss that is not finite would spoil its timestep's weight: it goes to a row that is thrown away.
+        t = torch.where(losses.isfinite(), t, self.num_timesteps)
         order = torch.argsort(t, stable=True)  # groups a timestep's losses, keeping their global order
         t, losses = t[order], losses[order].double()
         position = torch.arange(len(t), device=t.device)
         # The rank of each loss within its timestep, counted from the front and from the back of its group.
         rank = position - torch.searchsorted(t, t, right=False)
         from_back = torch.searchsorted(t, t, right=True) - 1 - position
-        slot = (self.counts[t] + rank) % HISTORY
-        # More than ten at once: an older loss would share a newer one's slot. Send it to a row that is thrown away.
+        counts = torch.cat([self.counts, self.counts.new_zeros(1)])
+        slot = (counts[t] + rank) % HISTORY
+        # So does, of more than ten at once, an older loss that would share a newer one's slot.
         row = torch.where(from_back < HISTORY, t, self.num_timesteps)
         padded = torch.cat([self.history, self.history.new_zeros(1, HISTORY)])
         padded[row, slot] = losses
         self.history.copy_(padded[:-1])
-        self.counts.index_add_(0, t, torch.ones_like(t))
+        counts.index_add_(0, t, torch.ones_like(t))
+        self.counts.copy_(counts[:-1])
 
     def state(self) -> dict[str, Tensor]:
         return {"history": self.history, "counts": self.counts}
