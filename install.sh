@@ -38,7 +38,7 @@ if ! .venv/bin/python -c "import torch, sys; sys.exit(torch.__version__.split('+
 fi
 
 echo "installing the project and its tested versions"
-"${pip[@]}" install --constraint constraints.txt --editable ".[dev]"
+"${pip[@]}" install --constraint constraints.txt --editable ".[all,dev]"
 
 date > .venv/.installed
 echo "set up: .venv"

@@ -10,8 +10,9 @@ from cluster.simulate import SimulatedTrial, simulated_eval, simulated_makespan
 from cluster.spec import StudyConfig
 from cluster.trials import Trial
 from trainer.diffusion.respacing import space_timesteps
+from trainer.memory import Memory, memory_of
 
-_HEADER = ("trial", "parameters", "FLOP/image", "images", "FLOP", "points", "evaluation", "time", "disk")
+_HEADER = ("trial", "parameters", "FLOP/image", "images", "FLOP", "points", "evaluation", "time", "memory", "disk")
 
 
 def trial_seconds(study: StudyConfig, trial: Trial) -> float:
@@ -37,6 +38,11 @@ def devices_a_trial(study: StudyConfig) -> float:
     return study.resources.gpus or study.resources.cpus
 
 
+def trial_memory(study: StudyConfig, trial: Trial) -> Memory:
+    """What each process of a trial needs: on its GPU, or of the host's memory where it has none."""
+    return memory_of(trial.config, study.resources.num_processes, device="cuda" if study.resources.gpus else "cpu")
+
+
 def plan_text(study: StudyConfig, trials: Sequence[Trial], *, cluster: Resources | None = None) -> str:
     """The table, the totals, and the time on `cluster` (default: the devices that the study file counts)."""
     device, used = study.device, devices_a_trial(study)
@@ -59,6 +65,7 @@ def plan_text(study: StudyConfig, trials: Sequence[Trial], *, cluster: Resources
             f"training:    {flops(total)} FLOP in all (2 per multiply-add, training = 3 x forward)",
             f"             {seconds / 3600:,.3g} {device.name}-hours at {per_device}",
             f"evaluation:  {flops(evaluation)} FLOP ({evaluation / total:.1%} of training)",
+            "memory:      the most that each process needs of its device; `python -m trainer.plan` says of what kinds",
             f"disk:        {size(sum(trial.disk_bytes for trial in trials))}",
             f"wall time:   about {duration(wall)} on {devices:g} x {device.name} ({used:g} a trial), longest first",
         ]
@@ -145,5 +152,6 @@ def _row(study: StudyConfig, trial: Trial) -> tuple[str, ...]:
         str(len(trial.export_images)),
         flops(_evaluations(study, trial)),
         duration(trial_seconds(study, trial)),
+        size(trial_memory(study, trial).total),
         size(trial.disk_bytes),
     )

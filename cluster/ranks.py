@@ -19,6 +19,7 @@ from pathlib import Path
 
 from cluster.jobs import Status
 from trainer.ports import free_port
+from trainer.watchdog import LOST_EXIT
 
 ROOT = Path(__file__).resolve().parents[1]
 GRACE_SECONDS = 30.0  # from SIGTERM to SIGKILL; the trainer ends itself after 25
@@ -113,6 +114,8 @@ def classify(code: int, output: str) -> tuple[Status, str]:
     message = _error_line(output)
     if code == 2 and not ("port" in message and "in use" in message):
         return "user_error", message
+    if code == LOST_EXIT:  # in each other's reach, so one of them said why
+        return "failed", f"lost a process: {message or 'the log does not say why'}"
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
     return "failed", f"{how}: {message}" if message else how
 

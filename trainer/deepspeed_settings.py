@@ -50,12 +50,16 @@ _OURS = {
 }
 
 
+_STAGE3 = {"stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 5_000_000}
+
+
 def deepspeed_settings(
     config: RunConfig, device: torch.device, *, micro_batch: int, accumulation: int, num_params: int
 ) -> Settings:
     """The whole of what DeepSpeed is told. Raises ConfigError where `engine.deepspeed` contradicts the config."""
     engine = config.engine
     bucket = min(engine.bucket_elements, num_params)
+    bucket += bucket % 2  # DeepSpeed wants a multiple of its alignment
     zero: Settings = {"stage": engine.zero_stage}
     if engine.zero_stage:
         zero |= {
@@ -79,7 +83,11 @@ def deepspeed_settings(
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 1 << 60,
     }
-    return _merge(ours, engine.deepspeed)
+    settings = _merge(ours, engine.deepspeed)
+    if engine.zero_stage == 3:
+        # DeepSpeed's own values are for networks of billions: they keep ours gathered whole, and ZeRO-3 saves nothing.
+        settings["zero_optimization"] = _STAGE3 | settings["zero_optimization"]
+    return settings
 
 
 def _merge(ours: Settings, theirs: Settings, path: str = "") -> Settings:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import platform
 import time
 from contextlib import ExitStack
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +30,7 @@ from trainer.engine import Engine, split_batch
 from trainer.inputs import InputSource, StepInputs, downsample, open_dataset
 from trainer.journal import Journal
 from trainer.meter import Meter
+from trainer.milestones import Milestones
 from trainer.models import ModelCost, build_model, count
 from trainer.noise_scale import NoiseScale
 from trainer.outputs import Outputs
@@ -41,44 +41,19 @@ from trainer.run_folder import RunFolder
 from trainer.saver import HostCopies, Saver
 from trainer.tracking.follow import SyncProcess
 from trainer.tracking.records import TrainRecord
+from trainer.watchdog import Watchdog
 
 FINISHED, STOPPED = 0, 3  # exit codes
 
 
-@dataclass(frozen=True)
-class Plan:
-    """When the run does what, in images seen; all multiples of the global batch."""
-
-    total: int
-    log_every: int
-    checkpoint_every: int | None
-    exports: frozenset[int]
-
-    @classmethod
-    def create(cls, config: RunConfig, cost: ModelCost) -> Plan:
-        """A budget of FLOPs becomes images, and every moment is moved up to the end of its step."""
-        train = config.train
-
-        def step_end(images: float) -> int:
-            return max(1, -(-int(images) // train.global_batch)) * train.global_batch
-
-        total = step_end(train.budget_images or max(1.0, (train.budget_flops or 0.0) / cost.train_flops))
-        every = train.checkpoint_every_images
-        exports = {step_end(n) for n in train.export_images if step_end(n) <= total} | {total}
-        return cls(total, step_end(train.log_every_images), step_end(every) if every else None, frozenset(exports))
-
-    def saves(self, nimg: int) -> bool:
-        return nimg in self.exports or (self.checkpoint_every is not None and nimg % self.checkpoint_every == 0)
-
-
-def train(config: RunConfig, processes: Processes, stop: StopRequest) -> int:
+def train(config: RunConfig, processes: Processes, stop: StopRequest, watchdog: Watchdog) -> int:
     """Train until the budget is reached or a stop is asked for; returns the exit code.
 
     Raises UserError for what the user can mend: unsuitable data, a folder in use, a full disk, a diverged run.
     """
     folder = RunFolder(config.run.folder)
     cost = count(config.model, config.diffusion)
-    plan = Plan.create(config, cost)
+    plan = Milestones.create(config, cost)
     split_batch(config, processes.world_size)
     with ExitStack() as stack:
         processes.from_main(lambda: stack.enter_context(folder.lock()) and None)
@@ -100,14 +75,14 @@ def train(config: RunConfig, processes: Processes, stop: StopRequest) -> int:
             stack.callback(sync.stop)
         run = Run(config, folder, plan, cost, dataset, processes)
         stack.callback(run.close)
-        return run.train(stop)
+        return run.train(stop, watchdog)
 
 
 class Run:
     """One life of a run: restored or fresh, ready to step."""
 
     def __init__(
-        self, config: RunConfig, folder: RunFolder, plan: Plan, cost: ModelCost, dataset: ShardDataset,
+        self, config: RunConfig, folder: RunFolder, plan: Milestones, cost: ModelCost, dataset: ShardDataset,
         processes: Processes,
     ) -> None:  # fmt: skip
         self.config, self.folder, self.plan, self.processes = config, folder, plan, processes
@@ -168,14 +143,16 @@ class Run:
 
     # ---- the loop -----------------------------------------------------------------------------------------------
 
-    def train(self, stop: StopRequest) -> int:
+    def train(self, stop: StopRequest, watchdog: Watchdog) -> int:
         config, plan, batch = self.config, self.plan, self.config.train.global_batch
         agreement = StopAgreement(self.processes)
         bar = progress_bar(
             total=plan.total, unit="img", description=config.name, initial=self.nimg, disable=not self.processes.is_main
         )
         with bar, self.inputs.steps(self.nimg, plan.total, batch) as steps:
+            watchdog.at(self.nimg, "data")
             for inputs in steps:
+                watchdog.at(self.nimg, "compute")
                 self.step(inputs)
                 self.nimg += batch
                 bar.update(batch)
@@ -183,6 +160,7 @@ class Run:
                 stopping = agreement.after_step(stop.requested or self.saver.failed) and self.nimg < plan.total
 
                 if self.nimg % plan.log_every == 0 or plan.saves(self.nimg) or stopping:
+                    watchdog.at(self.nimg, "save")
                     self.log(self.close_interval(steps.wait_seconds), inputs)
                     self.outputs.draw_samples()
                 stop.saving = stopping
@@ -191,6 +169,8 @@ class Run:
                     self.save()
                 if stopping:
                     return self.stopped(stop)
+                watchdog.at(self.nimg, "data")
+        watchdog.at(self.nimg, "save")
         self.finish()
         return FINISHED
 

@@ -43,6 +43,8 @@ _SCALARS = (*_MICRO, *_STEP, *_NOISE)
 _STATE = ("warmed_up", "skips_in_a_row", "loss_scale")
 _OWN = ("forward_seconds", "host_gb", "device_peak_gb")
 
+_Spans = list[tuple[Moment, Moment]]  # starts and ends
+
 
 @dataclass
 class _Pending:
@@ -77,11 +79,8 @@ class Meter:
         self._pending: _Pending | None = None
         self._began = time.perf_counter()
         self._last_wait = 0.0
-        self._forwards: list[tuple[Moment, Moment]] = []  # of this interval
-        self._forwards_before: tuple[list[tuple[Moment, Moment]], int] = (
-            [],
-            0,
-        )  # and of the one before, with its steps
+        self._forwards: _Spans = []  # of this interval
+        self._forwards_before: tuple[_Spans, int] = ([], 0)  # of the one before, with its number of steps
         self._step_ends: list[Moment] = []  # of this interval, after the last one of the interval before
         self._steps = 0  # of this interval
         self._warm = False  # whether the life's first step is over

@@ -7,6 +7,7 @@ measured. On the CPU the estimate decides.
 from __future__ import annotations
 
 import gc
+import json
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,10 +19,13 @@ from torch import nn
 
 from data_pipeline.errors import AgreedError
 from trainer.activations import drop_gradients, random_inputs
+from trainer.checkpoint import list_checkpoints
 from trainer.config import RunConfig
 from trainer.engine import DTYPES
-from trainer.memory import Memory, divisors, memory_of, remedies, share_of_batch
+from trainer.memory import Memory, divisors, memory_of, remedies, share_of_batch, with_micro_batch
+from trainer.models import build_model
 from trainer.processes import Processes
+from trainer.run_folder import RunFolder
 
 USABLE = 0.92  # of a device's memory: the rest is for kernels' workspaces and what the allocator cannot join
 
@@ -32,6 +36,36 @@ class Room:
 
     usable: float
     total: float
+
+
+def with_fitting_micro_batch(config: RunConfig, processes: Processes) -> RunConfig:
+    """The config with the micro-batch of the run's last checkpoint, or else with the largest that fits.
+
+    What is free differs from start to start; another micro-batch would be another layout, and a run that goes on is to
+    go on bit for bit.
+    """
+    before = processes.from_main(lambda: _micro_batch_before(config, processes))
+    if before is not None:
+        if processes.is_main:
+            print(f"micro-batch {before}, as before", flush=True)
+        return with_micro_batch(config, before)
+    checkpoint_activations = config.engine.activation_checkpointing
+    return with_largest_micro_batch(
+        config, processes,
+        lambda: build_model(config.model, config.diffusion, checkpoint_activations=checkpoint_activations),
+    )  # fmt: skip
+
+
+def _micro_batch_before(config: RunConfig, processes: Processes) -> int | None:
+    """That of the newest checkpoint, if as many processes of the same kind wrote it."""
+    for path in list_checkpoints(RunFolder(config.run.folder).checkpoints):
+        try:
+            layout = json.loads((path / "state.json").read_text())["layout"]
+        except (OSError, ValueError, KeyError):
+            continue  # damaged, as the resume will say
+        same = (layout["num_processes"], layout["device"]) == (processes.world_size, processes.device.type)
+        return int(layout["micro_batch"]) if same else None
+    return None
 
 
 def with_largest_micro_batch(config: RunConfig, processes: Processes, build: Callable[[], nn.Module]) -> RunConfig:
@@ -60,7 +94,7 @@ def with_largest_micro_batch(config: RunConfig, processes: Processes, build: Cal
         print(
             f"micro-batch {micro} (of a share of {share}): {size / 1e9:.1f} of {room.total / 1e9:.0f} GB", flush=True
         )  # fmt: skip
-    return config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": micro})})
+    return with_micro_batch(config, micro)
 
 
 def search(
@@ -114,11 +148,14 @@ def _measure_on_gpu(
     """A function that tries a micro-batch and gives the bytes it took beside the parameters."""
     device, engine = processes.device, config.engine
     dtype = DTYPES.get(engine.precision)
-    network = build().to(device).train()
-    drop_gradients(network)
+    network: nn.Module | None = None
 
     def measure(micro_batch: int) -> float:
+        nonlocal network
         _free(device)
+        if network is None:  # here, so that a network too large for the device counts as one that does not fit
+            network = build().to(device).train()
+            drop_gradients(network)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
         x, time, labels, low_res = random_inputs(config.model, micro_batch, device)

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -168,7 +170,7 @@ class StopRequest:
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
             signal.signal(number, self._on_signal)
         if launched:
-            threading.Thread(target=self._watch_parent, args=(os.getppid(),), daemon=True).start()
+            threading.Thread(target=self._watch_launcher, args=(os.getppid(),), daemon=True).start()
 
     def _on_signal(self, number: int, _frame: object) -> None:
         if self.requested and number == signal.SIGINT:
@@ -181,12 +183,30 @@ class StopRequest:
             self.requested = True
             threading.Thread(target=self._force, daemon=True).start()
 
-    def _watch_parent(self, parent: int) -> None:
-        while os.getppid() == parent:
+    def _watch_launcher(self, parent: int) -> None:
+        # `deepspeed` starts another process that starts us, and hands on no signal: its death must reach us too.
+        grandparent = _parent_of(parent) if "deepspeed.launcher" in _command_of(parent) else None
+        while os.getppid() == parent and (grandparent is None or _parent_of(parent) == grandparent):
             time.sleep(1.0)
         self._request("the launcher died")
 
     def _force(self) -> None:
         time.sleep(GRACE_SECONDS)
         if not self.saving:
+            print(f"{self.reason}, but no step ended within {GRACE_SECONDS:.0f} s: not saved", file=sys.stderr)
             os._exit(1)
+
+
+def _parent_of(pid: int) -> int | None:
+    """The parent of another process; None where /proc does not tell."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def _command_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+    except OSError:
+        return ""

@@ -2,8 +2,8 @@
 
     deepspeed trainer/run.py --config configs/runs/cifar10/hybrid.yaml [section.key=value ...]
 
-Exit codes: 0 the budget is reached, 2 a mistake that the message explains, 3 stopped on request after saving (the same
-command continues). Any other code is a crash.
+Exit codes: 0 the budget is reached; 2 a mistake that the message explains; 3 stopped on request after saving, and 4
+another process of the job died or hung (after both the same command continues). Any other code is a crash.
 """
 
 import sys
@@ -19,39 +19,41 @@ from typing import NoReturn
 
 from data_pipeline.errors import INTERRUPTED_EXIT, USER_ERROR_EXIT, AgreedError, ConfigError, UserError, disk_message
 from trainer.config import RunConfig, load_config
+from trainer.watchdog import LOST_EXIT, Watchdog, lost_a_peer
 
 CRASHED = 1
 
 
-def parse_arguments(arguments: list[str] | None = None) -> RunConfig:
-    """The run's config from the command line. Raises ConfigError."""
+def parse_arguments(arguments: list[str] | None = None) -> tuple[RunConfig, bool]:
+    """The run's config from the command line, and whether to look for the micro-batch. Raises ConfigError."""
     parser = argparse.ArgumentParser(description="Train a diffusion model.", epilog=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--config", required=True, type=Path, help="a run's YAML file, such as those in configs/runs")
     parser.add_argument("--local_rank", type=int, help="set by the deepspeed launcher; the environment says the same")
+    parser.add_argument("--auto-micro-batch", action="store_true",
+                        help="take the largest train.micro_batch that fits into the device's memory")  # fmt: skip
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces the file's value")
     parsed, unknown = parser.parse_known_args(arguments)
     if unknown:
         raise ConfigError(f"unknown argument {unknown[0]!r}; settings are given as section.key=value.")
-    return load_config(parsed.config, parsed.overrides)
+    return load_config(parsed.config, parsed.overrides), parsed.auto_micro_batch
 
 
-def main(config: RunConfig) -> int:
+def main(config: RunConfig, auto_micro_batch: bool = False) -> int:
     """Run one process of the training that `config` describes; the environment says which."""
     from trainer.processes import StopRequest, start_processes
 
     stop = StopRequest()
     stop.install(launched="RANK" in os.environ)
     processes = start_processes(num_cpu_threads=config.engine.num_cpu_threads)
-    from trainer.loop import train
+    with Watchdog.start(processes, hang_seconds=config.engine.hang_seconds) as watchdog:
+        from trainer.loop import train
 
-    return train(config, processes, stop)
+        if auto_micro_batch:
+            from trainer.micro_batch import with_fitting_micro_batch
 
-
-def _lost_a_peer(error: Exception) -> bool:
-    """A collective operation broke because another process ended."""
-    words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")
-    return int(os.environ.get("WORLD_SIZE", "1")) > 1 and any(word in str(error) for word in words)
+            config = with_fitting_micro_batch(config, processes)
+        return train(config, processes, stop, watchdog)
 
 
 def command_line() -> NoReturn:
@@ -61,7 +63,7 @@ def command_line() -> NoReturn:
     """
     first = os.environ.get("RANK", "0") == "0"
     try:
-        code = main(parse_arguments())
+        code = main(*parse_arguments())
     except UserError as error:
         code = USER_ERROR_EXIT
         # What all processes raise is said once; what only this one met (a damaged sample, say) nobody else can say.
@@ -77,8 +79,9 @@ def command_line() -> NoReturn:
         if message is not None:
             code = USER_ERROR_EXIT
             print(f"error: {message}", file=sys.stderr)
-        elif _lost_a_peer(error):
-            print(f"lost another process of this job, which says why: {str(error).splitlines()[0]}", file=sys.stderr)
+        elif lost_a_peer(error):
+            code = LOST_EXIT
+            print(f"error: lost another process of this job: {str(error).splitlines()[0]}", file=sys.stderr)
         else:
             traceback.print_exc()
     sys.stdout.flush()

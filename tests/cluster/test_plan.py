@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 
 from cluster.jobs import Resources
-from cluster.plan import duration, makespan, plan_text, size
+from cluster.plan import duration, makespan, plan_text, size, trial_memory
 from cluster.spec import load_study
 from cluster.trials import make_trials
+from trainer.memory import memory_of
 
 STUDIES = Path(__file__).resolve().parents[2] / "configs" / "studies"
 
@@ -53,6 +54,18 @@ def test_more_devices_shorten_the_simulated_wall_time() -> None:
     trials = make_trials(study)
     one, two = (makespan(study, trials, Resources(cpus=n)) for n in (1, 2))
     assert 0.45 * one < two < 0.75 * one
+
+
+def test_memory_of_each_process_is_shown_as_it_will_run() -> None:
+    study = load_study(STUDIES / "cifar10_cpu.yaml")
+    trials = make_trials(study)
+    memories = [trial_memory(study, trial) for trial in trials]
+    assert [m.total for m in memories] == sorted(m.total for m in memories)  # larger networks need more
+    header, _, *rows = plan_text(study, trials).splitlines()[2 : 4 + len(trials)]
+    assert "memory" in header
+    for trial, memory, row in zip(trials, memories, rows, strict=True):
+        assert memory == memory_of(trial.config, study.resources.num_processes, device="cpu")
+        assert size(memory.total) in row
 
 
 def test_words_for_times_and_sizes() -> None:

@@ -124,6 +124,12 @@ def test_a_port_taken_in_between_is_no_mistake_of_the_users() -> None:
     assert classify(1, "Traceback\nValueError: boom") == ("failed", "exit code 1: ValueError: boom")
 
 
+def test_a_lost_process_is_tried_again_and_named() -> None:
+    status, message = classify(4, "  5%|#  | 8/160\nerror: process 1 (pid 7 on h) died. This job ends.\n")
+    assert (status, message) == ("failed", "lost a process: process 1 (pid 7 on h) died. This job ends.")
+    assert classify(4, "")[0] == "failed"
+
+
 def test_the_lock_of_an_earlier_life_is_waited_for(tmp_path: Path) -> None:
     path = tmp_path / "run.lock"
     holder = os.open(path, os.O_CREAT | os.O_RDWR)

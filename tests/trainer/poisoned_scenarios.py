@@ -21,10 +21,12 @@ from data_pipeline.errors import UserError
 from trainer.config import load_config
 from trainer.loop import Run, train
 from trainer.processes import StopRequest, start_processes
+from trainer.watchdog import Watchdog
 
 if __name__ == "__main__":
     spec = json.loads(Path(sys.argv[1]).read_text())
     processes = start_processes(num_cpu_threads=1)
+    watchdog = Watchdog.start(processes, hang_seconds=0)
     now = {"nimg": 0}
     make_losses, step = loop.training_losses, Run.step
 
@@ -42,10 +44,10 @@ if __name__ == "__main__":
     loop.training_losses = poisoned_losses
     for overrides in spec["runs"]:
         try:
-            train(load_config(Path(spec["config"]), overrides), processes, StopRequest())
+            train(load_config(Path(spec["config"]), overrides), processes, StopRequest(), watchdog)
         except UserError as error:
             if processes.is_main:
                 print(f"error: {error}")
-    processes.barrier()
+    watchdog.stop()
     sys.stdout.flush()
     os._exit(0)

@@ -15,13 +15,15 @@ from pathlib import Path
 from trainer.config import load_config
 from trainer.loop import train
 from trainer.processes import StopRequest, start_processes
+from trainer.watchdog import Watchdog
 
 if __name__ == "__main__":
     spec = json.loads(Path(sys.argv[1]).read_text())
     processes = start_processes(num_cpu_threads=1)
+    watchdog = Watchdog.start(processes, hang_seconds=0)
     for overrides in spec["runs"]:
-        code = train(load_config(Path(spec["config"]), overrides), processes, StopRequest())
+        code = train(load_config(Path(spec["config"]), overrides), processes, StopRequest(), watchdog)
         assert code == 0, (overrides, code)
-    processes.barrier()
+    watchdog.stop()
     sys.stdout.flush()
     os._exit(0)

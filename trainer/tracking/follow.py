@@ -2,18 +2,21 @@
 
 The child polls until the work is complete, its parent is gone or it is asked to stop (SIGTERM), and then makes a last
 pass. Failures are retried with growing pauses and reported once, not at every try. No mlflow import here: the training
-process starts and ends its child with this module.
+process starts and ends its child with this module, and where mlflow is not installed the child only says so.
 """
 
 from __future__ import annotations
 
 import os
+import shlex
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from data_pipeline.errors import run_cli
 
 _POLL_SECONDS = 3.0
 _LAST_PASS_SECONDS = 20.0
@@ -91,7 +94,7 @@ class SyncProcess:
     """The child that mirrors `folder` to a tracker while the owner lives."""
 
     def __init__(self, folder: Path, *, uri: str | None = None, experiment: str | None = None) -> None:
-        command = [sys.executable, "-m", "trainer.tracking.mlflow_sync", str(folder), "--follow"]
+        command = [sys.executable, "-m", "trainer.tracking.follow", str(folder), "--follow"]
         command += ["--experiment", experiment] if experiment else []
         environment = dict(os.environ)
         if uri:  # by environment: a command line can be read by everybody on the machine, credentials and all
@@ -108,3 +111,23 @@ class SyncProcess:
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()
+
+
+def main(arguments: list[str]) -> int:
+    """The child: `trainer.tracking.mlflow_sync` with these arguments, or a warning where it cannot be imported."""
+    try:
+        from trainer.tracking.mlflow_sync import main as mirror
+    except ImportError as error:
+        later = shlex.join(word for word in arguments if word != "--follow")
+        print(
+            f"warning: nothing is sent to MLflow ({error}); training goes on, the records are kept. Send them later, "
+            f"where it is installed: python -m trainer.tracking.mlflow_sync {later}",
+            file=sys.stderr,
+            flush=True,
+        )
+        return 0
+    return mirror()
+
+
+if __name__ == "__main__":
+    run_cli(lambda: main(sys.argv[1:]))

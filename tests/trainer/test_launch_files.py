@@ -1,0 +1,53 @@
+"""configs/launch: what the Slurm script starts and decides, with stand-ins for Slurm's commands; the host file."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+from deepspeed.launcher.runner import fetch_hostfile
+from ranks import ROOT
+
+LAUNCH = ROOT / "configs" / "launch"
+SRUN = """#!/bin/bash
+while [[ $1 == --* ]]; do shift; done
+for rank in 0 1 2 3; do SLURM_PROCID=$rank SLURM_LOCALID=$((rank % 2)) "$@" || exit $?; done
+"""
+SCONTROL = """#!/bin/bash
+if [[ $1 == show ]]; then printf 'node3\\nnode4\\n'; else echo "scontrol $@"; fi
+"""
+TRAINER = """#!/bin/bash
+echo "rank $RANK local $LOCAL_RANK of $WORLD_SIZE/$LOCAL_WORLD_SIZE at $MASTER_ADDR:$MASTER_PORT: $@"
+[[ $EXIT -gt 128 ]] && kill -9 $$
+exit $EXIT
+"""
+
+
+@pytest.mark.parametrize(
+    ("code", "starts", "requeued"),
+    [(0, 0, False), (2, 0, False), (3, 0, True), (3, 50, True), (4, 0, True), (137, 19, True), (4, 20, False)],
+)
+def test_the_slurm_script(tmp_path: Path, code: int, starts: int, requeued: bool) -> None:
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("trainer", TRAINER)):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    slurm = {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "node[3-4]", "SLURM_NTASKS": "4", "SLURM_JOB_NUM_NODES": "2"}
+    environment = os.environ | slurm | {
+        "SLURM_RESTART_COUNT": str(starts), "EXIT": str(code), "PYTHON": str(tmp_path / "trainer"),
+        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+    }  # fmt: skip
+    done = subprocess.run(
+        ["bash", str(LAUNCH / "train.sbatch"), "--config", "a b.yaml"], env=environment, text=True, capture_output=True
+    )
+    assert ("scontrol requeue 77" in done.stdout) == requeued
+    assert done.returncode == (0 if requeued else code)
+    ranks = range(4) if code == 0 else range(1)
+    for rank in ranks:
+        where = f"rank {rank} local {rank % 2} of 4/2 at node3:20077"
+        assert f"{where}: trainer/run.py --config a b.yaml\n" in done.stdout
+
+
+def test_the_host_file_is_one_that_deepspeed_reads() -> None:
+    assert dict(fetch_hostfile(str(LAUNCH / "hostfile.example"))) == {"host0": 8, "host1": 8}
