@@ -117,7 +117,7 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, peers: Peers) -> Path:
     return final
 
 
-def together(peers: Peers, action: Callable[[], T] | None) -> list[T]:
+def together(peers: Peers, action: Callable[[], T] | None, what: str = "checkpoint") -> list[T]:
     """Do a step that may fail for want of disk, on those processes that have one; their results, in order of rank.
 
     Raises AgreedError on all processes where it failed on any.
@@ -132,7 +132,7 @@ def together(peers: Peers, action: Callable[[], T] | None) -> list[T]:
     outcomes = peers.gather_objects((result, message))
     messages = [message for _, message in outcomes if message]
     if messages:
-        raise AgreedError(f"the checkpoint could not be written, the previous ones are intact: {messages[0]}")
+        raise AgreedError(f"the {what} could not be written, earlier ones are intact: {messages[0]}")
     return [result for result, _ in outcomes if result is not None]
 
 

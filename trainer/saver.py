@@ -66,7 +66,7 @@ class Saver:
             if ready is not None:
                 ready.synchronize()
             path = write_checkpoint(self._folder, snapshot, self._peers)
-            together(self._peers, (lambda: then(path)) if then and self._peers.rank == 0 else None)
+            together(self._peers, (lambda: then(path)) if then and self._peers.rank == 0 else None, "export")
         except BaseException as error:  # raised again where the run waits for it
             self._error = error
 

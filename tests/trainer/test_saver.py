@@ -1,0 +1,102 @@
+"""Saving beside training: what is saved is the moment of the save, one at a time, and no failure is lost."""
+
+from __future__ import annotations
+
+import errno
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import trainer.saver as module
+from data_pipeline.errors import AgreedError
+from trainer.checkpoint import CheckpointReader, RunState, Snapshot, list_checkpoints, verify
+from trainer.processes import Processes
+from trainer.saver import HostCopies, Saver
+
+ALONE = Processes(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+
+
+def snapshot(nimg: int, fragments: dict[str, Tensor]) -> Snapshot:
+    state = RunState(nimg, num_updates=1, compute=1.0, seconds=1.0, data_fingerprint="d", layout={})
+    return Snapshot(state, {"w": (4,)}, fragments, {}, "name: x\n")
+
+
+@pytest.fixture
+def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
+    """Writing waits until it is set."""
+    gate, write = threading.Event(), module.write_checkpoint
+
+    def gated(*arguments: Any) -> Path:
+        assert gate.wait(30)
+        return write(*arguments)
+
+    monkeypatch.setattr(module, "write_checkpoint", gated)
+    return gate
+
+
+def test_training_goes_on_while_its_past_is_written(tmp_path: Path, gate: threading.Event) -> None:
+    weights = {"weight|w|0": torch.arange(4.0)}
+    saver, copies = Saver(tmp_path, ALONE), HostCopies()
+    done: list[Path] = []
+    taken, ready = copies.take(weights)
+    saver.save(snapshot(8, taken), ready, done.append)
+    weights["weight|w|0"].fill_(-1)  # the next step
+    assert not list_checkpoints(tmp_path)
+    assert not done
+    gate.set()
+    saver.wait()
+    assert [p.name for p in list_checkpoints(tmp_path)] == ["000000000008"]
+    assert done == list_checkpoints(tmp_path)
+    assert verify(done[0]) is None
+    assert torch.equal(CheckpointReader(done[0]).whole("weight", "w"), torch.arange(4.0))
+
+
+def test_a_second_save_waits_for_the_first_and_uses_its_memory_again(tmp_path: Path, gate: threading.Event) -> None:
+    saver, copies = Saver(tmp_path, ALONE), HostCopies()
+    first, _ = copies.take({"weight|w|0": torch.zeros(4)})
+    saver.save(snapshot(8, first), None, None)
+    seen: list[list[str]] = []
+    opener = threading.Timer(0.2, gate.set)
+    opener.start()
+    saver.wait()
+    seen.append([p.name for p in list_checkpoints(tmp_path)])
+    second, _ = copies.take({"weight|w|0": torch.ones(4)})
+    assert first["weight|w|0"].data_ptr() == second["weight|w|0"].data_ptr()
+    saver.save(snapshot(16, second), None, None)
+    saver.wait()
+    assert seen == [["000000000008"]]
+    values = [CheckpointReader(p).whole("weight", "w").tolist() for p in reversed(list_checkpoints(tmp_path))]
+    assert values == [[0.0] * 4, [1.0] * 4]
+
+
+@pytest.mark.parametrize("where", ["checkpoint", "export"])
+def test_a_failure_is_seen_at_once_and_raised_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    def full(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    if where == "checkpoint":
+        monkeypatch.setattr("trainer.checkpoint.write_mapping", full)
+    saver = Saver(tmp_path, ALONE)
+    saver.save(snapshot(8, {"weight|w|0": torch.zeros(4)}), None, full if where == "export" else None)
+    assert saver._thread is not None
+    saver._thread.join()
+    assert saver.failed
+    with pytest.raises(AgreedError, match=rf"the {where} could not be written.*disk is full"):
+        saver.wait()
+    assert not saver.failed
+    assert not list(tmp_path.glob(".*.tmp"))
+    assert len(list_checkpoints(tmp_path)) == (where == "export")
+
+
+def test_closing_lets_a_save_end(tmp_path: Path, gate: threading.Event) -> None:
+    saver = Saver(tmp_path, ALONE)
+    saver.save(snapshot(8, {"weight|w|0": torch.zeros(4)}), None, None)
+    saver.close(0.05)
+    assert not list_checkpoints(tmp_path)
+    gate.set()
+    saver.close()
+    assert len(list_checkpoints(tmp_path)) == 1
