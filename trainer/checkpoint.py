@@ -8,6 +8,7 @@ can read it: a fragment says which elements of which parameter it holds.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -275,4 +276,7 @@ def remove_old(folder: Path, keep: int, *, every: int | None = None) -> None:
     """Delete all but the newest `keep` checkpoints and, for good, those at multiples of `every` images."""
     for path in list_checkpoints(folder)[keep:]:
         if not every or int(path.name) % every:
-            shutil.rmtree(path, ignore_errors=True)
+            leaving = path.with_name(f".{path.name}.tmp")  # killed half-way, it must not look like a checkpoint
+            with contextlib.suppress(OSError):
+                path.rename(leaving)
+            shutil.rmtree(leaving, ignore_errors=True)
