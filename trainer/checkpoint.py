@@ -273,9 +273,11 @@ def set_aside(path: Path) -> None:
 
 
 def remove_old(folder: Path, keep: int, *, every: int | None = None) -> None:
-    """Delete all but the newest `keep` checkpoints and, for good, those at multiples of `every` images."""
-    for path in list_checkpoints(folder)[keep:]:
-        if not every or int(path.name) % every:
+    """Delete all but the newest `keep` checkpoints and, for good, the first from each multiple of `every` images on."""
+    paths = list_checkpoints(folder)
+    firsts = {int(path.name) // every: path for path in paths} if every else {}  # the later in the list, the earlier
+    for path in paths[keep:]:
+        if not every or int(path.name) < every or path != firsts[int(path.name) // every]:
             leaving = path.with_name(f".{path.name}.tmp")  # killed half-way, it must not look like a checkpoint
             with contextlib.suppress(OSError):
                 path.rename(leaving)

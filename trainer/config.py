@@ -209,7 +209,7 @@ class TrainConfig(Section):
     log_every_images: int = Field(1024, ge=1)
     checkpoint_every_images: int | None = Field(None, ge=1)  # default: only at exports and at the end
     keep_checkpoints: int = Field(2, ge=1)  # the newest ones ...
-    keep_every_images: int | None = Field(None, ge=1)  # ... and for good those at multiples of this
+    keep_every_images: int | None = Field(None, ge=1)  # ... and for good the first one from each multiple of this on
     export_images: tuple[int, ...] = ()  # images seen at which the model is exported; always at the end
     sample_grid: SampleGridConfig = SampleGridConfig()
 

@@ -52,6 +52,7 @@ class Engine:
     def __init__(self, network: nn.Module, config: RunConfig, processes: Processes) -> None:
         """`network` must hold the weights to start from: they become the master copies as they are."""
         import deepspeed
+        from deepspeed.runtime.config import DeepSpeedConfigError
 
         deepspeed.utils.logger.setLevel(logging.WARNING)
         self.processes = processes
@@ -72,9 +73,17 @@ class Engine:
             config, device, micro_batch=self.micro_batch, accumulation=self.accumulation,
             num_params=sum(p.numel() for p in network.parameters()),
         )  # fmt: skip
-        self._engine, *_ = deepspeed.initialize(
-            model=network, optimizer=self.adam, config=settings, dist_init_required=False
-        )
+        try:
+            self._engine, *_ = deepspeed.initialize(
+                model=network, optimizer=self.adam, config=settings, dist_init_required=False
+            )
+        except (ValueError, TypeError, AttributeError, AssertionError, DeepSpeedConfigError) as error:
+            if not config.engine.deepspeed:
+                raise
+            raise ConfigError(
+                f"engine.deepspeed={config.engine.deepspeed!r}: DeepSpeed cannot work with these settings ({error}); "
+                "mend them, or leave them out."
+            ) from error
         self.adam.sum_squares_with(self._sum_over_processes)
         self._create_moments()
         self.held = self._held_fragments()  # what this process must load

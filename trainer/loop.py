@@ -7,11 +7,10 @@ interval late, the stop request one step late.
 
 from __future__ import annotations
 
-import platform
 import time
 from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,7 +18,15 @@ from torch import Tensor
 from data_pipeline.dataset import ShardDataset
 from data_pipeline.errors import AgreedError
 from data_pipeline.progress import progress_bar, say
-from trainer.checkpoint import CheckpointReader, RunState, Snapshot, fragment_tensors, newest_valid, remove_old
+from trainer.checkpoint import (
+    CheckpointReader,
+    RunState,
+    Snapshot,
+    checkpoint_name,
+    fragment_tensors,
+    newest_valid,
+    remove_old,
+)
 from trainer.config import RunConfig, to_yaml
 from trainer.diagnosis import Recomputed, diagnose
 from trainer.diffusion.gaussian import GaussianDiffusion
@@ -29,6 +36,7 @@ from trainer.ema import ShardedEma
 from trainer.engine import Engine, split_batch
 from trainer.inputs import InputSource, StepInputs, downsample, open_dataset
 from trainer.journal import Journal
+from trainer.layout import changes, layout_of
 from trainer.meter import Meter
 from trainer.milestones import Milestones
 from trainer.models import ModelCost, build_model, count
@@ -44,6 +52,17 @@ from trainer.tracking.records import TrainRecord
 from trainer.watchdog import Watchdog
 
 FINISHED, STOPPED = 0, 3  # exit codes
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward pass is of, on the device."""
+
+    nimg: int  # where its step begins
+    number: int  # within the step
+    inputs: StepInputs
+    t: Tensor  # [b] timesteps
+    weights: Tensor  # [b] of their losses
 
 
 def train(config: RunConfig, processes: Processes, stop: StopRequest, watchdog: Watchdog) -> int:
@@ -113,13 +132,11 @@ class Run:
         self.profiler = StepProfiler(folder.path, config.engine.profile_steps, processes)
         self.saver, self.copies = Saver(folder.checkpoints, processes), HostCopies()
         self.outputs = Outputs(config, folder, dataset, device)
+        self.layout = layout_of(config, processes, micro_batch=self.engine.micro_batch)
         self.nimg, self.seconds_before, self.lr = 0, 0.0, 0.0
+        self.last_step: list[MicroBatch] = []
         if reader is not None:
-            reader.restore(self.engine, self.ema.shadows)
-            self.timesteps.load(reader.sampler_state())
-            self.nimg, self.seconds_before = reader.state.nimg, reader.state.seconds
-            if self.nimg in plan.exports:  # an earlier life may have died between the checkpoint and its export
-                processes.from_main(lambda: self.outputs.export(reader.path))
+            self._restore(reader)
         self.journal = Journal(folder.path, self.nimg, config, processes)
         self.began = time.perf_counter()
 
@@ -131,6 +148,7 @@ class Run:
             if path is not None:
                 print(f"resuming at {int(path.name):,} images from {path}", flush=True)
         if path is None:
+            self.processes.from_main(self.folder.check_not_emptied)
             return None
         reader = CheckpointReader(path)
         if reader.state.data_fingerprint != self.data_fingerprint:
@@ -141,11 +159,22 @@ class Run:
             )
         return reader
 
+    def _restore(self, reader: CheckpointReader) -> None:
+        reader.restore(self.engine, self.ema.shadows)
+        self.timesteps.load(reader.sampler_state())
+        self.nimg, self.seconds_before = reader.state.nimg, reader.state.seconds
+        changed = changes(reader.state.layout, self.layout)
+        if changed and self.processes.is_main:
+            say(f"going on with {changed}: the same inputs, losses to rounding instead of bit for bit")
+        if self.nimg in self.plan.exports:  # an earlier life may have died between the checkpoint and its export
+            self.processes.from_main(lambda: self.outputs.export(reader.path))
+
     # ---- the loop -----------------------------------------------------------------------------------------------
 
     def train(self, stop: StopRequest, watchdog: Watchdog) -> int:
         config, plan, batch = self.config, self.plan, self.config.train.global_batch
         agreement = StopAgreement(self.processes)
+        stop.busy = lambda: self.saver.busy
         bar = progress_bar(
             total=plan.total, unit="img", description=config.name, initial=self.nimg, disable=not self.processes.is_main
         )
@@ -158,59 +187,51 @@ class Run:
                 bar.update(batch)
                 self.profiler.step(self.nimg)
                 stopping = agreement.after_step(stop.requested or self.saver.failed) and self.nimg < plan.total
+                stop.saving = stopping
 
                 if self.nimg % plan.log_every == 0 or plan.saves(self.nimg) or stopping:
                     watchdog.at(self.nimg, "save")
-                    self.log(self.close_interval(steps.wait_seconds), inputs)
-                    self.outputs.draw_samples()
-                stop.saving = stopping
+                    self.log(self.close_interval(steps.wait_seconds))
+                    if not stopping:
+                        self.outputs.draw_samples()
                 if plan.saves(self.nimg) or stopping:
-                    self.log(self.meter.flush(), inputs)
+                    self.log(self.meter.flush())
                     self.save()
                 if stopping:
                     return self.stopped(stop)
                 watchdog.at(self.nimg, "data")
         watchdog.at(self.nimg, "save")
-        self.finish()
+        stop.saving = True
+        self.finish(stop)
         return FINISHED
 
     def step(self, inputs: StepInputs) -> None:
         """One update from this process's share of a global batch, which begins at image nimg."""
         self.lr = self.learning_rate()
-        drawn: list[Tensor] = []
-        losses: list[Tensor] = []
+        self.last_step = []
+        each: list[Tensor] = []
         total = torch.zeros((), device=self.processes.device)
         scale = self.engine.loss_scale.value if self.engine.loss_scale else None
         with self.noise_scale.watch(measure=self.nimg % self.plan.log_every == 0, loss_scale=scale):
             for number, micro in enumerate(inputs.split(self.engine.micro_batch)):
-                t, loss, each = self.micro_step(number, micro)
-                drawn.append(t)
-                losses.append(each)
+                on_device = micro.to(self.processes.device)
+                self.last_step.append(MicroBatch(self.nimg, number, on_device, *self.timesteps.draw(on_device.u)))
+                loss, losses = self.micro_step(self.last_step[-1])
                 total += loss / self.engine.accumulation
-        self.timesteps_update(torch.cat(drawn), torch.cat(losses))
+                each.append(losses)
+        self.update_timesteps(torch.cat([micro.t for micro in self.last_step]), torch.cat(each))
         self.ema.update(self.nimg // self.config.train.global_batch)
         small_square = self.noise_scale.small_square()
         if small_square is not None:
             self.meter.add_noise(small_square, self.engine.adam.grad_norm)
         self.meter.add_step(total, self.engine.adam.grad_norm, self.engine.adam.skipped)
 
-    def micro_step(self, number: int, inputs: StepInputs) -> tuple[Tensor, Tensor, Tensor]:
-        """Forward, backward and, at the last of a step, the update; returns t [b], mean loss, losses [b]."""
-        t, weights, losses = self.forward(number, inputs)
-        loss = (losses.loss * weights).mean()
-        self.engine.backward(loss)
-        self.engine.step(self.lr)
-        self.meter.add_losses(t, weights, losses)
-        return t, loss.detach(), losses.loss.detach()
-
-    def forward(self, number: int, inputs: StepInputs) -> tuple[Tensor, Tensor, Losses]:
-        """A micro-batch's timesteps [b], the weights [b] of its losses, and these."""
-        model = self.config.model
+    def losses(self, micro: MicroBatch) -> Losses:
+        """The forward pass: a micro-batch's losses [b]."""
+        model, inputs, t = self.config.model, micro.inputs, micro.t
         if model.dropout > 0:
-            self._seed_dropout(number)
-        inputs = inputs.to(self.processes.device)
+            torch.manual_seed(hash((self.config.seed, micro.nimg, self.processes.rank, micro.number)) % 2**63)
         x0 = inputs.images.float() / 127.5 - 1  # [b, C, H, W] in [-1, 1]
-        t, weights = self.timesteps.draw(inputs.u)
         x_t = self.diffusion.q_sample(x0, t, inputs.noise)
         with self.meter.forward():
             output = self.engine.forward(
@@ -219,12 +240,20 @@ class Run:
                 inputs.labels if model.num_classes else None,
                 downsample(x0, model.low_res_size) if model.low_res_size else None,
             )
-        losses = training_losses(
+        return training_losses(
             self.diffusion, self.config.diffusion, output, x0=x0, x_t=x_t, t=t, noise=inputs.noise
         )  # fmt: skip
-        return t, weights, losses
 
-    def timesteps_update(self, t: Tensor, losses: Tensor) -> None:
+    def micro_step(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
+        """Forward, backward and, at the last of a step, the update; returns the mean loss and the losses [b]."""
+        losses = self.losses(micro)
+        loss = (losses.loss * micro.weights).mean()
+        self.engine.backward(loss)
+        self.engine.step(self.lr)
+        self.meter.add_losses(micro.t, micro.weights, losses)
+        return loss.detach(), losses.loss.detach()
+
+    def update_timesteps(self, t: Tensor, losses: Tensor) -> None:
         """Tell the timestep sampler what all processes saw, in order of global position."""
         if self.timesteps.needs_losses:
             self.timesteps.update(self.processes.all_gather_flat(t), self.processes.all_gather_flat(losses))
@@ -236,10 +265,6 @@ class Run:
             return train.lr
         return train.lr * min(1.0, (self.nimg + train.global_batch) / train.warmup_images)
 
-    def _seed_dropout(self, micro_batch: int) -> None:
-        place = (self.nimg, self.processes.rank, micro_batch)
-        torch.manual_seed(hash((self.config.seed, *place)) % 2**63)
-
     # ---- what it leaves behind ----------------------------------------------------------------------------------
 
     def close_interval(self, wait_seconds: float) -> TrainRecord | None:
@@ -249,17 +274,15 @@ class Run:
             skips_in_a_row=self.engine.adam.skips_in_a_row, loss_scale=scale.value if scale else None,
         )  # fmt: skip
 
-    def log(self, record: TrainRecord | None, inputs: StepInputs) -> None:
-        """Write down an interval; `inputs` are those of the last step, should they be needed to see what is wrong."""
+    def log(self, record: TrainRecord | None) -> None:
+        """Write down an interval. Raises AgreedError where too many steps in a row were skipped."""
         if record is None:
             return
         self.journal.write(record)
         skipped = record.values["train/skipped_in_a_row"]
         if skipped >= self.config.train.max_skipped_steps:
-            why = diagnose(
-                self.engine.network, lambda: self._recompute(inputs),
-                [(f.name, f.weight) for f in self.engine.owned], self.processes,
-            )  # fmt: skip
+            weights = [(f.name, f.weight) for f in self.engine.owned]
+            why = diagnose(self.engine.network, self._repeat_last_step, weights, self.processes)
             raise AgreedError(
                 f"{skipped:.0f} steps in a row, up to {record.nimg:,} images, gave no finite loss or gradient and "
                 f"were skipped (train.max_skipped_steps={self.config.train.max_skipped_steps}): {why}. The checkpoints "
@@ -267,32 +290,33 @@ class Run:
                 "train.warmup_images or train.grad_clip=1."
             )
 
-    def _recompute(self, inputs: StepInputs) -> Recomputed:
-        """The last step's forward and backward passes once more."""
-        self.nimg -= self.config.train.global_batch
-        parts = []
-        for number, micro in enumerate(inputs.split(self.engine.micro_batch)):
-            t, weights, losses = self.forward(number, micro)
-            self.engine.backward((losses.loss * weights).mean())
-            parts.append((t, losses.loss.detach()))
-        t, losses_each = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
-        first = self.nimg + self.processes.rank * len(t)
-        return Recomputed(t, torch.arange(first, first + len(t)), losses_each)
+    def _repeat_last_step(self) -> Recomputed:
+        """Its forward and backward passes once more, for the diagnosis."""
+        losses = []
+        for micro in self.last_step:
+            result = self.losses(micro)
+            self.engine.backward((result.loss * micro.weights).mean())
+            losses.append(result.loss.detach())
+        t = torch.cat([micro.t for micro in self.last_step]).cpu()
+        first = self.last_step[0].nimg + self.processes.rank * len(t)
+        return Recomputed(t, torch.arange(first, first + len(t)), torch.cat(losses).cpu())
 
     def save(self) -> None:
         """Begin a checkpoint, and an export where the plan has one; both are written while training goes on."""
         self.saver.wait()  # for the one before: its buffers are used again
+        state = self._state()  # before the copies: it waits for the device
         sampler = self.timesteps.state()
         copies, ready = self.copies.take(fragment_tensors(self.engine.owned, self.ema.shadows) | sampler)
         sampler = {name: copies.pop(name) for name in sampler}
         train, exports = self.config.train, self.nimg in self.plan.exports
 
         def then(path: Path) -> None:
+            self.folder.note_saved(state.nimg)
             if exports:
                 self.outputs.export(path)
             remove_old(self.folder.checkpoints, train.keep_checkpoints, every=train.keep_every_images)
 
-        snapshot = Snapshot(self._state(), self.engine.shapes, copies, sampler, to_yaml(self.config))
+        snapshot = Snapshot(state, self.engine.shapes, copies, sampler, to_yaml(self.config))
         self.saver.save(snapshot, ready, then)
 
     def _state(self) -> RunState:
@@ -303,20 +327,9 @@ class Run:
             compute=self.nimg * self.flops_per_image,
             seconds=seconds,
             data_fingerprint=self.data_fingerprint,
-            layout=self._layout(),
+            layout=self.layout,
             loss_scale=self.engine.loss_scale.get() if self.engine.loss_scale else None,
         )
-
-    def _layout(self) -> dict[str, Any]:
-        return {
-            "num_processes": self.processes.world_size,
-            "num_threads": torch.get_num_threads(),
-            "micro_batch": self.engine.micro_batch,
-            "zero_stage": self.engine.stage,
-            "precision": self.config.engine.precision,
-            "device": self.processes.device.type,
-            "versions": {"python": platform.python_version(), "torch": torch.__version__},
-        }
 
     def stopped(self, stop: StopRequest) -> int:
         self.saver.wait()
@@ -325,12 +338,13 @@ class Run:
             say(f"stopped ({why}) at {self.nimg:,} images, saved. The same command continues.")
         return STOPPED
 
-    def finish(self) -> None:
+    def finish(self, stop: StopRequest) -> None:
         """Wait for the last checkpoint and export, and write the result file: the run is complete."""
         self.saver.wait()
         if not self.processes.is_main:
             return
-        self.outputs.draw_samples()
+        if not stop.requested:
+            self.outputs.draw_samples()
         seconds = self._state().seconds
         self.folder.write_result(
             {
@@ -338,7 +352,7 @@ class Run:
                 "nimg": self.nimg,
                 "compute": self.nimg * self.flops_per_image,
                 "seconds": seconds,
-                "export": str((self.folder.exports / f"{self.nimg:012d}").relative_to(self.folder.path)),
+                "export": str((self.folder.exports / checkpoint_name(self.nimg)).relative_to(self.folder.path)),
             }
         )
         print(f"finished: {self.nimg:,} images in {seconds:,.0f} s of training; see {self.folder.path}", flush=True)

@@ -79,6 +79,7 @@ class GuardedAdamW(torch.optim.AdamW):
         self.grad_norm = torch.full((), torch.nan, device=device)
         self.skipped = torch.zeros((), device=device)
         self.skips_in_a_row = torch.zeros((), device=device)
+        self.grad_scale: Tensor | None = None
         self.stepped = False  # since the engine last asked
         self._grad_clip = grad_clip
         self._loss = torch.zeros((), device=device)
@@ -100,6 +101,8 @@ class GuardedAdamW(torch.optim.AdamW):
         self._judge(self._sum_squares(squares + 0.0 * self._loss).sqrt())  # 0 * inf and 0 * nan are nan
         # Told this, Adam's kernel leaves everything as it is. An offloaded optimizer is on another device.
         self.found_inf = self.skipped.to(gradients[0].device)
+        if self.grad_scale is not None:
+            self.grad_scale = self.grad_scale.to(gradients[0].device)
         super().step(closure)
         self.stepped = True
 

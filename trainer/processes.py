@@ -18,10 +18,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_pipeline.errors import AgreedError, UserError, disk_message
+from data_pipeline.errors import INTERRUPTED_EXIT, AgreedError, UserError, disk_message
 from trainer.ports import free_port
+from trainer.watchdog import LOST_EXIT
 
-GRACE_SECONDS = 25.0  # from a stop request to the end of the process, saved or not
+GRACE_SECONDS = 25.0  # from a stop request to the end of a process that neither comes to the end of a step nor saves
+NOW_SECONDS = 5.0  # from the Ctrl-C that means now to the end
+_MEETING_TIMEOUT = timedelta(minutes=30)  # for all processes to start
+_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 T = TypeVar("T")
 
 
@@ -80,10 +84,11 @@ class Processes:
         return value
 
 
-def start_processes(*, num_cpu_threads: int | None) -> Processes:
+def start_processes(*, num_cpu_threads: int | None, hang_seconds: float = 1800.0) -> Processes:
     """Join the other processes, as told by torch's environment variables; without them, be the only one.
 
-    Raises UserError when the meeting port is taken.
+    Collective operations may wait for longer than `hang_seconds` (0: for a day), so that it is the watchdog that ends
+    and names a hang. Raises UserError when the meeting port is taken.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -100,6 +105,7 @@ def start_processes(*, num_cpu_threads: int | None) -> Processes:
         device = torch.device("cpu")
         torch.set_num_threads(num_cpu_threads or _share_of_cores())
     _init_process_group(device)
+    _set_timeouts(collective_timeout(hang_seconds))
     return Processes(dist.get_rank(), dist.get_world_size(), local_rank, device)
 
 
@@ -112,7 +118,7 @@ def _init_process_group(device: torch.device) -> None:
         deepspeed.ops.__compatible_ops__ = {}
     try:
         deepspeed.init_distributed(
-            dist_backend="nccl" if device.type == "cuda" else "gloo", timeout=timedelta(minutes=30), verbose=False
+            dist_backend="nccl" if device.type == "cuda" else "gloo", timeout=_MEETING_TIMEOUT, verbose=False
         )
     except (RuntimeError, dist.DistNetworkError) as error:
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
@@ -121,6 +127,20 @@ def _init_process_group(device: torch.device) -> None:
                 "give this job another: deepspeed --master_port PORT (or MASTER_PORT=PORT for torchrun and others)."
             ) from None
         raise
+
+
+def collective_timeout(hang_seconds: float) -> timedelta:
+    """How long a collective operation may wait: ten minutes longer than the watchdog does."""
+    return timedelta(seconds=max(1800.0, hang_seconds + 600.0)) if hang_seconds else timedelta(days=1)
+
+
+def _set_timeouts(timeout: timedelta) -> None:
+    """Of the group of all processes, and of groups yet to be made: DeepSpeed makes its own and leaves them torch's
+    default (with NCCL ten minutes), which nothing public changes.
+    """
+    dist.distributed_c10d._set_pg_timeout(timeout)
+    dist.distributed_c10d.default_pg_timeout = timeout
+    dist.distributed_c10d.default_pg_nccl_timeout = timeout
 
 
 def _share_of_cores() -> int:
@@ -157,25 +177,42 @@ class StopRequest:
     """Set by SIGTERM, SIGUSR1 or Ctrl-C, and when the launcher that started us has died.
 
     The loop reads it at a step boundary, saves and exits. Should the process be stuck, it is ended after
-    `GRACE_SECONDS` anyway, so that no orphan keeps a device; once it saves (`saving`), it may take its time.
+    `GRACE_SECONDS` anyway, so that no orphan keeps a device. While a save is under way (the loop's last one,
+    `saving`, or an earlier one, `busy`) it may take its time.
     """
 
     def __init__(self) -> None:
         self.requested = False
         self.reason = ""
         self.saving = False
+        self.busy: Callable[[], bool] = lambda: False
+        self._interruptible = False
 
     def install(self, *, launched: bool) -> None:
         """Listen; `launched`: a launcher (deepspeed, torchrun, Ray) started us, so its death ends us too."""
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT):
+        # Python calls a handler only between two instructions of the main thread, which may wait for a peer in a
+        # collective operation. The number also goes into a pipe, at once; a thread reads it there.
+        reader, writer = os.pipe()
+        os.set_blocking(writer, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        for number in _SIGNALS:
             signal.signal(number, self._on_signal)
+        threading.Thread(target=self._listen, args=(reader,), name="signals", daemon=True).start()
         if launched:
             threading.Thread(target=self._watch_launcher, args=(os.getppid(),), daemon=True).start()
 
     def _on_signal(self, number: int, _frame: object) -> None:
-        if self.requested and number == signal.SIGINT:
+        if self._interruptible and number == signal.SIGINT:
             raise KeyboardInterrupt  # the second Ctrl-C means now
-        self._request(f"received {signal.Signals(number).name}")
+        self._interruptible = True
+
+    def _listen(self, pipe: int) -> None:
+        while True:
+            for number in os.read(pipe, 64):
+                if number == signal.SIGINT and self.requested:
+                    _end_soon(INTERRUPTED_EXIT)
+                elif number in _SIGNALS:
+                    self._request(f"received {signal.Signals(number).name}")
 
     def _request(self, reason: str) -> None:
         if not self.requested:
@@ -191,10 +228,20 @@ class StopRequest:
         self._request("the launcher died")
 
     def _force(self) -> None:
-        time.sleep(GRACE_SECONDS)
-        if not self.saving:
-            print(f"{self.reason}, but no step ended within {GRACE_SECONDS:.0f} s: not saved", file=sys.stderr)
-            os._exit(1)
+        left = GRACE_SECONDS
+        while left > 0:
+            step = min(1.0, left)
+            time.sleep(step)
+            left = GRACE_SECONDS if self.saving or self.busy() else left - step
+        print(f"{self.reason}, but no step ended within {GRACE_SECONDS:.0f} s: not saved", file=sys.stderr, flush=True)
+        os._exit(LOST_EXIT)
+
+
+def _end_soon(code: int) -> None:
+    """End even where the main thread does not come to it: it waits in C, or for a save."""
+    timer = threading.Timer(NOW_SECONDS, os._exit, [code])
+    timer.daemon = True
+    timer.start()
 
 
 def _parent_of(pid: int) -> int | None:

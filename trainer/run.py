@@ -3,7 +3,7 @@
     deepspeed trainer/run.py --config configs/runs/cifar10/hybrid.yaml [section.key=value ...]
 
 Exit codes: 0 the budget is reached; 2 a mistake that the message explains; 3 stopped on request after saving, and 4
-another process of the job died or hung (after both the same command continues). Any other code is a crash.
+a process of the job died or hung (after both the same command continues). Any other code is a crash.
 """
 
 import sys
@@ -19,6 +19,7 @@ from typing import NoReturn
 
 from data_pipeline.errors import INTERRUPTED_EXIT, USER_ERROR_EXIT, AgreedError, ConfigError, UserError, disk_message
 from trainer.config import RunConfig, load_config
+from trainer.run_folder import naming_a_full_disk
 from trainer.watchdog import LOST_EXIT, Watchdog, lost_a_peer
 
 CRASHED = 1
@@ -43,10 +44,11 @@ def main(config: RunConfig, auto_micro_batch: bool = False) -> int:
     """Run one process of the training that `config` describes; the environment says which."""
     from trainer.processes import StopRequest, start_processes
 
+    hang_seconds = config.engine.hang_seconds
     stop = StopRequest()
     stop.install(launched="RANK" in os.environ)
-    processes = start_processes(num_cpu_threads=config.engine.num_cpu_threads)
-    with Watchdog.start(processes, hang_seconds=config.engine.hang_seconds) as watchdog:
+    processes = start_processes(num_cpu_threads=config.engine.num_cpu_threads, hang_seconds=hang_seconds)
+    with Watchdog.start(processes, hang_seconds=hang_seconds) as watchdog, naming_a_full_disk(config.run.folder):
         from trainer.loop import train
 
         if auto_micro_batch:

@@ -71,6 +71,19 @@ class RunFolder:
         value: dict[str, Any] = json.loads((self.path / "run.json").read_text())
         return value
 
+    def note_saved(self, nimg: int) -> None:
+        """There is a checkpoint now: from here on a start without one is a mistake."""
+        write_json(self.path / "run.json", self.identity() | {"saved_images": nimg})
+
+    def check_not_emptied(self) -> None:
+        """Raises UserError where checkpoints were written and none is left: starting afresh would lose the run."""
+        saved = self.identity().get("saved_images")
+        if saved:
+            raise UserError(
+                f"{self.checkpoints} holds no checkpoint, but the run had one at {saved:,} images. Bring them back (is "
+                f"the disk mounted?), or move {self.path} away to start afresh."
+            )
+
     def open(self, config: RunConfig, facts: dict[str, Any]) -> None:
         """Create the folder's config and identity, or check that they are this run's. Main process only.
 
@@ -84,8 +97,8 @@ class RunFolder:
             check_same_run(load_config(stored), config, self.path)
         save_config(config, stored)
         identity = self.path / "run.json"
-        run_id = json.loads(identity.read_text())["id"] if identity.exists() else uuid.uuid4().hex
-        who = {"id": run_id, "name": config.name, "seed": config.seed, "tags": config.tracking.tags}
+        before = json.loads(identity.read_text()) if identity.exists() else {"id": uuid.uuid4().hex}
+        who = before | {"name": config.name, "seed": config.seed, "tags": config.tracking.tags}
         write_json(identity, who | facts)
 
     @contextmanager

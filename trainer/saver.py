@@ -20,6 +20,7 @@ from torch import Tensor
 from trainer.checkpoint import Snapshot, together, write_checkpoint
 from trainer.processes import Processes
 
+_PIECE = 1 << 28  # bytes of host memory allocated at once
 _WRITE_TIMEOUT = timedelta(hours=2)  # what the slowest process's file may take
 T = TypeVar("T")
 
@@ -28,7 +29,7 @@ class Saver:
     """Writes a run's checkpoints, one at a time."""
 
     def __init__(self, folder: Path, processes: Processes) -> None:
-        self._folder = folder
+        self._folder, self._device = folder, processes.device
         self._peers = _ThreadPeers(processes)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -37,6 +38,12 @@ class Saver:
     def failed(self) -> bool:
         """The last save could not be written; `wait` says why."""
         return self._error is not None
+
+    @property
+    def busy(self) -> bool:
+        """A save is under way."""
+        thread = self._thread
+        return thread is not None and thread.is_alive()
 
     def save(self, snapshot: Snapshot, ready: torch.cuda.Event | None, then: Callable[[Path], None] | None) -> None:
         """Write `snapshot`, once `ready`; `then` is called with the checkpoint's path, on the main process only.
@@ -64,6 +71,7 @@ class Saver:
     def _write(self, snapshot: Snapshot, ready: torch.cuda.Event | None, then: Callable[[Path], None] | None) -> None:
         try:
             if ready is not None:
+                torch.cuda.set_device(self._device)  # a new thread's device is the first one
                 ready.synchronize()
             path = write_checkpoint(self._folder, snapshot, self._peers)
             together(self._peers, (lambda: then(path)) if then and self._peers.rank == 0 else None, "export")
@@ -80,7 +88,7 @@ class HostCopies:
     def take(self, tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], torch.cuda.Event | None]:
         """The copies by name, and what tells when they are there (None: now). They last until the next call."""
         if self._buffers.keys() != tensors.keys():
-            self._buffers = {n: torch.empty_like(t, device="cpu", pin_memory=t.is_cuda) for n, t in tensors.items()}
+            self._buffers = _allocate(tensors)
         for name, tensor in tensors.items():
             self._buffers[name].copy_(tensor, non_blocking=True)
         if not any(t.is_cuda for t in tensors.values()):
@@ -88,6 +96,29 @@ class HostCopies:
         ready = torch.cuda.Event()
         ready.record()
         return dict(self._buffers), ready
+
+
+def _allocate(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Host memory for each, page-locked if it is on a GPU.
+
+    In large pieces: torch rounds every page-locked block up to a power of two.
+    """
+    buffers: dict[str, Tensor] = {}
+    left = sum(_padded(t) for t in tensors.values())
+    piece, used = torch.empty(0, dtype=torch.uint8), 0
+    for name, tensor in tensors.items():
+        if used + _padded(tensor) > len(piece):
+            size = max(_padded(tensor), min(_PIECE, left))
+            piece, used = torch.empty(size, dtype=torch.uint8, pin_memory=tensor.is_cuda), 0
+        end = used + tensor.numel() * tensor.element_size()
+        buffers[name] = piece[used:end].view(tensor.dtype).view(tensor.shape)
+        used, left = used + _padded(tensor), left - _padded(tensor)
+    return buffers
+
+
+def _padded(tensor: Tensor) -> int:
+    """Bytes of a tensor, up to the next multiple of the widest element."""
+    return -(-tensor.numel() * tensor.element_size() // 8) * 8
 
 
 class _ThreadPeers:

@@ -53,11 +53,11 @@ class SystemMetrics:
 
     def _gpus(self) -> dict[str, float]:
         if self._nvml is not None:  # all of the machine's, in its own order
-            return {
-                f"gpu_{number}_{name}": value
-                for number in range(self._nvml.nvmlDeviceGetCount())
-                for name, value in _gpu(self._nvml, number)
-            }
+            values: dict[str, float] = {}
+            with contextlib.suppress(self._nvml.NVMLError):  # a GPU that is lost must not end the training on others
+                for number in range(self._nvml.nvmlDeviceGetCount()):
+                    values |= {f"gpu_{number}_{name}": value for name, value in _gpu(self._nvml, number)}
+            return values
         if self._device.type != "cuda":
             return {}
         # Only this process's own: to look at another GPU by CUDA is to take some of its memory.
@@ -71,7 +71,10 @@ class SystemMetrics:
 
 def _gpu(nvml: Any, number: int) -> Iterator[tuple[str, float]]:
     """What NVIDIA's management library says of a GPU; some do not tell everything."""
-    handle = nvml.nvmlDeviceGetHandleByIndex(number)
+    try:
+        handle = nvml.nvmlDeviceGetHandleByIndex(number)
+    except nvml.NVMLError:
+        return
     with contextlib.suppress(nvml.NVMLError):
         memory = nvml.nvmlDeviceGetMemoryInfo(handle)
         yield "memory_usage_megabytes", memory.used / 1e6

@@ -215,6 +215,8 @@ class Watchdog:
 
 def lost_a_peer(error: BaseException) -> bool:
     """A collective operation broke because another process ended: the words of gloo and NCCL."""
+    if not isinstance(error, RuntimeError):  # such as the OSError of a disk, or of an output that nobody reads
+        return False
     words = ("Connection closed by peer", "Connection reset by peer", "Broken pipe", "remote process exited",
              "No route to host", "Network is unreachable", "Connection timed out")  # fmt: skip
     return int(os.environ.get("WORLD_SIZE", "1")) > 1 and any(word in str(error) for word in words)
@@ -258,6 +260,7 @@ class Hub(_Role):
         self._lines: dict[socket.socket, _Lines] = {}
         self._ranks: dict[socket.socket, int] = {}  # of those who gave the token
         self._leaving, self._over = threading.Event(), threading.Event()
+        self._to_judge = False  # not after every line: with n processes that is n looks at n entries a second
         if server is not None:
             _allow_open_files(len(roll.entries) + 1024)
             server.setblocking(False)
@@ -280,7 +283,8 @@ class Hub(_Role):
             if time.monotonic() >= next_beat:
                 next_beat = time.monotonic() + BEAT_SECONDS
                 self._beat()
-            verdict = self._roll.judge()
+            verdict = self._roll.judge() if self._to_judge else None
+            self._to_judge = False
             if verdict is not None:
                 self._end(verdict)
                 break
@@ -290,6 +294,7 @@ class Hub(_Role):
         self.place.beats += 1
         self._roll.entries[0].place = self.place
         self._roll.beat()
+        self._to_judge = True
 
     def _serve(self, seconds: float) -> None:
         for key, _ in self._selector.select(seconds):
@@ -345,6 +350,7 @@ class Hub(_Role):
             self._roll.entries[rank].left = True
         else:
             self._roll.entries[rank].closed = True
+            self._to_judge = True
 
     def _tell_all(self, message: dict[str, Any]) -> None:
         self._last_word = message

@@ -30,9 +30,12 @@ if __name__ == "__main__":
     now = {"nimg": 0}
     make_losses, step = loop.training_losses, Run.step
 
+    drawn: dict[int, list[int]] = {}  # by the step's first image: the last process's timesteps
+
     def poisoned_step(self: Run, inputs: Any) -> None:
         now["nimg"] = self.nimg
         step(self, inputs)
+        drawn[self.nimg] = torch.cat([micro.t for micro in self.last_step]).tolist()
 
     def poisoned_losses(*arguments: Any, **named: Any) -> Any:
         losses = make_losses(*arguments, **named)
@@ -48,6 +51,8 @@ if __name__ == "__main__":
         except UserError as error:
             if processes.is_main:
                 print(f"error: {error}")
+    if not processes.is_main:
+        (Path(sys.argv[1]).parent / "drawn.json").write_text(json.dumps(drawn))
     watchdog.stop()
     sys.stdout.flush()
     os._exit(0)

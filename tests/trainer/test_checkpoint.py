@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from ranks import run_ranks
+from ranks import run_ranks, start_ranks
 
 from data_pipeline.errors import UserError
 from trainer import checkpoint as checkpoints
@@ -78,6 +78,17 @@ def test_all_damaged_is_refused_not_started_afresh(run: Path) -> None:
         newest_valid(run / "checkpoints")
 
 
+def test_a_run_whose_checkpoints_are_gone_is_not_started_afresh(run: Path, tiny_config: Path) -> None:
+    (run / "result.json").unlink()
+    shutil.rmtree(run / "checkpoints")
+    metrics = (run / "metrics.0.jsonl").read_bytes()
+    done = start_ranks(["trainer/run.py", "--config", str(tiny_config), f"run.folder={run}"], 1)[0]
+    text = done.communicate(timeout=120)[0]
+    assert done.returncode == 2
+    assert "holds no checkpoint, but the run had one at 48 images" in text
+    assert (run / "metrics.0.jsonl").read_bytes() == metrics
+
+
 def test_a_half_written_folder_is_not_a_checkpoint(run: Path) -> None:
     shutil.copytree(run / "checkpoints" / "000000000024", run / "checkpoints" / ".000000000096.tmp")
     assert newest_valid(run / "checkpoints")[0] == run / "checkpoints" / "000000000048"
@@ -132,12 +143,12 @@ def test_a_full_disk_keeps_the_old_checkpoints(run: Path, monkeypatch: pytest.Mo
 
 
 def test_the_newest_are_kept_and_the_multiples(tmp_path: Path) -> None:
-    for nimg in (100, 150, 200, 250, 300, 350):
+    for nimg in (32, 64, 96, 128, 160, 200, 224, 256, 288, 320, 352):  # saves need not fall on the multiples
         (tmp_path / f"{nimg:012d}").mkdir()
-    remove_old(tmp_path, 2, every=100)
-    assert [int(p.name) for p in list_checkpoints(tmp_path)] == [350, 300, 200, 100]
+        remove_old(tmp_path, 2, every=100)
+    assert [int(p.name) for p in list_checkpoints(tmp_path)] == [352, 320, 200, 128]
     remove_old(tmp_path, 1)
-    assert [int(p.name) for p in list_checkpoints(tmp_path)] == [350]
+    assert [int(p.name) for p in list_checkpoints(tmp_path)] == [352]
 
 
 def test_a_damaged_export_is_refused(run: Path) -> None:

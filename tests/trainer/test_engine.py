@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -149,8 +150,11 @@ def poisoned(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> tup
     folder = tmp_path_factory.mktemp("poisoned")
     stages = {f"stage-{stage}": [*EVERY_STEP, f"engine.zero_stage={stage}"] for stage in range(4)}
     text = run_scenarios("poisoned_scenarios", tiny_config, folder, 2, stages, poison=[[1, 16, 16]])
-    hopeless = {"hopeless": [*EVERY_STEP, "train.max_skipped_steps=2", "train.budget_images=400"]}
-    return folder, text + run_scenarios("poisoned_scenarios", tiny_config, folder, 2, hopeless, poison=[[1, 24, 999]])
+    hopeless = [*EVERY_STEP, "train.max_skipped_steps=2", "train.budget_images=400"]
+    importance = ["diffusion.num_timesteps=3", "diffusion.objective=vlb", "train.export_images=[]"]
+    importance = [*hopeless, *importance, "diffusion.timestep_sampler=loss_second_moment"]
+    runs = {"hopeless": hopeless, "importance": importance}
+    return folder, text + run_scenarios("poisoned_scenarios", tiny_config, folder, 2, runs, poison=[[1, 120, 999]])
 
 
 @pytest.mark.parametrize("stage", range(4))
@@ -169,14 +173,26 @@ def test_one_processes_bad_step_is_skipped_by_all(poisoned: tuple[Path, str], st
 
 def test_a_hopeless_run_stops_with_its_reason_and_its_checkpoints(poisoned: tuple[Path, str]) -> None:
     folder, text = poisoned
-    assert "2 steps in a row, up to 40 images" in text
+    assert "2 steps in a row, up to 136 images" in text
     assert "process 1: all layers gave finite values, but the loss is not finite for t = " in text
     assert "train.max_skipped_steps=2" in text
     path, skipped = newest_valid(folder / "hopeless" / "checkpoints")
     assert path is not None
     assert not skipped
     assert all(t.isfinite().all() for t in dict(CheckpointReader(path).weights("weight")).values())
-    assert len(records(folder / "hopeless")) <= 7  # it did not go on for ever
+    assert len(records(folder / "hopeless")) <= 19  # it did not go on for ever
+
+
+def test_what_is_diagnosed_is_the_step_itself(poisoned: tuple[Path, str]) -> None:
+    """The importance sampler has moved on since: the timesteps named are those that were drawn, not new ones."""
+    folder, text = poisoned
+    run = folder / "importance"
+    assert records(run)[-1].values["train/timestep_sampler_warmed_up"] == 1
+    told = re.findall(r"not finite for t = ([\d, ]+) \(images ([\d, ]+)\)", text)[-1]
+    steps, images = ([int(word) for word in words.split(",")] for words in told)
+    drawn = json.loads((folder / "drawn.json").read_text())
+    assert steps == drawn[str(images[0] - 4)]
+    assert len(steps) == 4
 
 
 # ---- DeepSpeed's own settings ------------------------------------------------------------------------------------

@@ -92,6 +92,19 @@ def test_a_failure_is_seen_at_once_and_raised_once(tmp_path: Path, monkeypatch: 
     assert len(list_checkpoints(tmp_path)) == (where == "export")
 
 
+def test_copies_are_of_every_type_and_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_PIECE", 64)
+    tensors = {
+        "scalar": torch.tensor(3.5, dtype=torch.float64), "empty": torch.zeros(0), "odd": torch.arange(3.0),
+        "long": torch.arange(40.0).view(5, 8), "whole": torch.tensor([[1, 2], [3, 4]]), "view": torch.eye(4)[:, 1],
+    }  # fmt: skip
+    copies, ready = HostCopies().take(tensors)
+    assert ready is None
+    for name, tensor in tensors.items():
+        assert torch.equal(copies[name], tensor)
+        assert copies[name].dtype == tensor.dtype
+
+
 def test_closing_lets_a_save_end(tmp_path: Path, gate: threading.Event) -> None:
     saver = Saver(tmp_path, ALONE)
     saver.save(snapshot(8, {"weight|w|0": torch.zeros(4)}), None, None)
