@@ -48,7 +48,7 @@ class RunState:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """One process's part of a checkpoint, in the host's memory."""
+    """One process's part of a checkpoint."""
 
     state: RunState
     shapes: dict[str, tuple[int, ...]]  # of all parameters

@@ -86,11 +86,17 @@ def main() -> int:
     parser.add_argument("--no-overlap", action="store_true", help="gradients are not reduced during the backward pass")
     parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="replaces the file's value")
     a = parser.parse_args()
+    numbers = [int(n) if n.strip().isdecimal() else 0 for n in a.processes.split(",")]
+    if min(numbers) < 1:
+        raise UserError(f"--processes={a.processes}: give numbers above 0, such as 8,64,512.")
+    for option, value in {"--bandwidth": a.bandwidth, "--peak": a.peak}.items():
+        if not 0 < value < math.inf:
+            raise UserError(f"{option}={value:g} must be more than 0.")
+    if not 0 <= a.latency < math.inf:
+        raise UserError(f"--latency={a.latency:g} must be 0 or more.")
+    if not 0 < a.mfu <= 1:
+        raise UserError(f"--mfu={a.mfu:g} must be a share from 0 to 1, such as 0.3.")
     config = load_config(a.config, a.overrides)
-    try:
-        numbers = [int(n) for n in a.processes.split(",")]
-    except ValueError:
-        raise UserError(f"--processes={a.processes}: give numbers, such as 8,64,512.") from None
     cost, link = count(config.model, config.diffusion), Link(a.bandwidth, a.latency)
     print(f"{config.name}: {cost.num_params:,} parameters, {a.bandwidth / 1e9:g} GB/s, {a.latency * 1e6:g} us a round")
     print("processes  images each  compute s  step s  efficiency     img/s  MB sent")

@@ -191,7 +191,7 @@ def _checked(where: str, value: Any) -> Any:
         hint = f"did you mean {path}{dot}{close[0]}?" if close else "its documentation lists the names."
         raise ConfigError(f"engine.deepspeed: {where}={value!r} is not known to DeepSpeed; {hint}")
     if dot and key in _ZERO_NUMBERS:
-        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0 or value != int(value):
+        if isinstance(value, bool) or not isinstance(value, int | float) or value < 0 or value % 1 != 0:
             raise ConfigError(f"engine.deepspeed: {where}={value!r} must be a whole number from 0, or auto.")
         return int(value)
     if dot and key in _ZERO_SWITCHES and not isinstance(value, bool):

@@ -46,7 +46,7 @@ from trainer.peak import peak_flops
 from trainer.processes import Processes, StopAgreement, StopRequest
 from trainer.profiler import StepProfiler
 from trainer.run_folder import RunFolder
-from trainer.saver import HostCopies, Saver
+from trainer.saver import Saver
 from trainer.tracking.follow import SyncProcess
 from trainer.tracking.records import TrainRecord
 from trainer.watchdog import Watchdog
@@ -130,7 +130,7 @@ class Run:
             global_batch=config.train.global_batch, accumulation=self.engine.accumulation,
         )  # fmt: skip
         self.profiler = StepProfiler(folder.path, config.engine.profile_steps, processes)
-        self.saver, self.copies = Saver(folder.checkpoints, processes), HostCopies()
+        self.saver = Saver(folder.checkpoints, processes)
         self.outputs = Outputs(config, folder, dataset, device)
         self.layout = layout_of(config, processes, micro_batch=self.engine.micro_batch)
         self.nimg, self.seconds_before, self.lr = 0, 0.0, 0.0
@@ -303,21 +303,17 @@ class Run:
 
     def save(self) -> None:
         """Begin a checkpoint, and an export where the plan has one; both are written while training goes on."""
-        self.saver.wait()  # for the one before: its buffers are used again
-        state = self._state()  # before the copies: it waits for the device
-        sampler = self.timesteps.state()
-        copies, ready = self.copies.take(fragment_tensors(self.engine.owned, self.ema.shadows) | sampler)
-        sampler = {name: copies.pop(name) for name in sampler}
-        train, exports = self.config.train, self.nimg in self.plan.exports
+        train, nimg = self.config.train, self.nimg
 
         def then(path: Path) -> None:
-            self.folder.note_saved(state.nimg)
-            if exports:
+            self.folder.note_saved(nimg)
+            if nimg in self.plan.exports:
                 self.outputs.export(path)
             remove_old(self.folder.checkpoints, train.keep_checkpoints, every=train.keep_every_images)
 
-        snapshot = Snapshot(state, self.engine.shapes, copies, sampler, to_yaml(self.config))
-        self.saver.save(snapshot, ready, then)
+        fragments = fragment_tensors(self.engine.owned, self.ema.shadows)
+        live = Snapshot(self._state(), self.engine.shapes, fragments, self.timesteps.state(), to_yaml(self.config))
+        self.saver.save(live, then)
 
     def _state(self) -> RunState:
         seconds = self.seconds_before + time.perf_counter() - self.began

@@ -26,13 +26,12 @@ import torch
 
 from trainer.activations import activations
 from trainer.config import DiffusionConfig, ModelConfig, RunConfig
-from trainer.deepspeed_settings import deepspeed_settings
+from trainer.deepspeed_settings import Settings, deepspeed_settings
 from trainer.engine import split_batch
 from trainer.models import build_model
 
 FLOAT = 4  # bytes
-# DeepSpeed's own defaults where neither the project nor the user says otherwise.
-_PERSISTENT, _PREFETCH, _REUSE = 100_000, 50_000_000, 1_000_000_000
+_PERSISTENT = 100_000  # elements: DeepSpeed's own default
 
 
 @dataclass(frozen=True)
@@ -147,20 +146,16 @@ def remedies(config: RunConfig, num_processes: int) -> str:
     return "try " + ", ".join(way for way, is_open in ways.items() if is_open)
 
 
-def _weights(config: RunConfig, num_processes: int, zero: dict[str, object]) -> float:
+def _weights(config: RunConfig, num_processes: int, zero: Settings) -> float:
     """The weights on the device: under ZeRO-3 this process's part, and what is gathered from the others at a time."""
     params = _parameters(config.model, config.diffusion)
     whole = FLOAT * sum(params)
     if config.engine.zero_stage < 3 or num_processes == 1:
         return whole
-
-    def setting(name: str, default: int) -> int:
-        return int(str(zero.get(f"stage3_{name}", zero.get(name, default))))
-
-    persistent = setting("param_persistence_threshold", _PERSISTENT)
+    persistent: int = zero.get("stage3_param_persistence_threshold", _PERSISTENT)
     # Parameters that come again within the reuse distance stay. The first one of a forward pass comes again after all
     # others did twice.
-    kept = setting("max_reuse_distance", _REUSE) / 2 + setting("prefetch_bucket_size", _PREFETCH)
+    kept: float = zero["stage3_max_reuse_distance"] / 2 + zero["stage3_prefetch_bucket_size"]
     always = sum(n for n in params if n < persistent)
     gathered = min(sum(params), always + kept + max(params))
     return whole / num_processes + FLOAT * gathered

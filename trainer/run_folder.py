@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -13,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline.errors import ConfigError, UserError
+from data_pipeline.errors import AgreedError, ConfigError, UserError
 from data_pipeline.files import write_json
 from trainer.config import RunConfig, load_config, save_config
 
@@ -51,12 +52,11 @@ class RunFolder:
         return self.path / "result.json"
 
     def read_result(self) -> dict[str, Any] | None:
-        """What a finished run left, or None."""
+        """What a finished run left, or None. Raises AgreedError, on all who read it, where it is damaged."""
         try:
-            value: dict[str, Any] = json.loads(self.result.read_text())
+            return _read_json(self.result, "Remove it: the same command then writes it anew")
         except FileNotFoundError:
             return None
-        return value
 
     def write_result(self, value: dict[str, Any]) -> None:
         """The run is complete: the last file it writes."""
@@ -68,8 +68,7 @@ class RunFolder:
             self.result.unlink(missing_ok=True)
 
     def identity(self) -> dict[str, Any]:
-        value: dict[str, Any] = json.loads((self.path / "run.json").read_text())
-        return value
+        return _read_json(self.path / "run.json", "Remove it: the run then gets a new id, in MLflow a new run")
 
     def note_saved(self, nimg: int) -> None:
         """There is a checkpoint now: from here on a start without one is a mistake."""
@@ -95,17 +94,27 @@ class RunFolder:
         stored = self.path / "config.yaml"
         if stored.exists():
             check_same_run(load_config(stored), config, self.path)
-        save_config(config, stored)
         identity = self.path / "run.json"
-        before = json.loads(identity.read_text()) if identity.exists() else {"id": uuid.uuid4().hex}
+        before = self.identity() if identity.exists() else {"id": uuid.uuid4().hex}
         who = before | {"name": config.name, "seed": config.seed, "tags": config.tracking.tags}
-        write_json(identity, who | facts)
+        with naming_a_full_disk(self.path):
+            save_config(config, stored)
+            write_json(identity, who | facts)
 
     @contextmanager
     def lock(self) -> Iterator[None]:
-        """Hold the folder for one job. Raises UserError when another has it. Released when the process ends."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / "run.lock", "a+", encoding="utf-8") as file:
+        """Hold the folder for one job. Released when the process ends.
+
+        Raises UserError when another job has it, or where there can be no folder.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except (FileExistsError, NotADirectoryError) as error:
+            raise UserError(
+                f"run.folder={self.path} cannot be made: {error.filename} is, or lies in, a file and not a folder. "
+                "Choose another run.folder=..., or move that file away."
+            ) from None
+        with open(self.path / "run.lock", "a+", encoding="utf-8") as file, naming_a_full_disk(self.path):
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -119,6 +128,27 @@ class RunFolder:
             file.write(f"process {os.getpid()}")
             file.flush()
             yield
+
+
+@contextmanager
+def naming_a_full_disk(folder: Path) -> Iterator[None]:
+    """Where an error that the disk is full comes from a write, and so names no file, it names the run's folder."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None:
+            error.filename = str(folder)
+        raise
+
+
+def _read_json(path: Path, remedy: str) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+    except ValueError as error:  # also what is no UTF-8
+        raise AgreedError(f"{path} is damaged ({error}). {remedy}.") from None
+    if not isinstance(value, dict):
+        raise AgreedError(f"{path} is damaged (no JSON object). {remedy}.")
+    return value
 
 
 def check_same_run(old: RunConfig, new: RunConfig, path: Path) -> None:

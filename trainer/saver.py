@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, TypeVar
@@ -30,6 +31,7 @@ class Saver:
 
     def __init__(self, folder: Path, processes: Processes) -> None:
         self._folder, self._device = folder, processes.device
+        self._copies = HostCopies()
         self._peers = _ThreadPeers(processes)
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -45,12 +47,16 @@ class Saver:
         thread = self._thread
         return thread is not None and thread.is_alive()
 
-    def save(self, snapshot: Snapshot, ready: torch.cuda.Event | None, then: Callable[[Path], None] | None) -> None:
-        """Write `snapshot`, once `ready`; `then` is called with the checkpoint's path, on the main process only.
+    def save(self, live: Snapshot, then: Callable[[Path], None] | None) -> None:
+        """Copy what is in `live` and write it beside whatever follows.
 
-        Raises AgreedError when the save before could not be written.
+        `then` is called with the checkpoint's path, on the main process only. Raises AgreedError when the save before
+        could not be written.
         """
-        self.wait()
+        self.wait()  # its buffers are used again
+        copies, ready = self._copies.take({**live.fragments, **live.sampler})
+        fragments, sampler = ({name: copies[name] for name in part} for part in (live.fragments, live.sampler))
+        snapshot = replace(live, fragments=fragments, sampler=sampler)
         self._thread = threading.Thread(target=self._write, args=(snapshot, ready, then), name="checkpoint")
         self._thread.start()
 

@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from trainer.communication import Link, step_seconds, traffic
+from data_pipeline.errors import UserError
+from trainer.communication import Link, main, step_seconds, traffic
 
 ROOT = Path(__file__).resolve().parents[2]
 LINK = Link(bandwidth=1e9, latency=1e-5)
@@ -55,3 +56,17 @@ def test_the_command_tells_a_step_for_each_number_and_refuses_what_is_none() -> 
     bad = subprocess.run([*command, "--processes", "many"], cwd=ROOT, capture_output=True, text=True, check=False)
     assert bad.returncode == 2
     assert "--processes=many" in bad.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        ("--processes", "0,8"), ("--processes", "-8"), ("--processes", "8,"), ("--bandwidth", "0"),
+        ("--bandwidth", "nan"), ("--latency", "-1"), ("--peak", "0"), ("--mfu", "0"), ("--mfu", "1.5"),
+    ],
+)  # fmt: skip
+def test_impossible_options_are_refused(option: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = str(ROOT / "configs/runs/imagenet64/hybrid.yaml")
+    monkeypatch.setattr("sys.argv", ["communication", "--config", config, f"{option}={value}"])
+    with pytest.raises(UserError, match=f"{option}={value}"):
+        main()

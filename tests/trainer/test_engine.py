@@ -5,19 +5,23 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from ranks import run_ranks
+from ranks import ROOT, run_ranks
 from torch import Tensor
 
 from data_pipeline.errors import ConfigError
+from trainer import deepspeed_settings as deepspeed_settings_module
 from trainer.checkpoint import CheckpointReader, list_checkpoints, newest_valid
 from trainer.config import RunConfig, load_config
 from trainer.deepspeed_settings import deepspeed_settings
 from trainer.export import open_export
+from trainer.memory import memory_of
 from trainer.tracking.records import TrainRecord, read_train_records
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -240,11 +244,96 @@ def test_further_settings_are_merged_from_the_command_line_or_a_file(tiny_config
         ("engine.deepspeed.fp16.enabled=true", r"fp16=.*engine\.precision=fp16"),
         ("engine.deepspeed.zero_optimization.offload_param.device=cpu", r"offload_param=.*engine\.offload_optimizer"),
         ("engine.deepspeed.steps_per_print=5", r"steps_per_print=5 contradicts.*leave it out"),
+        (
+            "engine.deepspeed.zero_optimization.compute_grad_norm=true",
+            r"contradicts.*False; leave it out",
+        ),
+        ("engine.deepspeed.zero_allow_untested_optimizer=false", r"contradicts.*project's own AdamW"),
+        ("engine.deepspeed.gradient_allreduce_op=sum", r"gradient_allreduce_op='sum' contradicts.*mean over its batch"),
+        ("engine.deepspeed.managed_gradient_accumulation=false", r"contradicts.*the loop counts on it"),
+        ("engine.deepspeed.tensor_parallel.autotp_size=2", r"tensor_parallel=.*every process has the whole network"),
+        ("engine.deepspeed.zero_optimization.zero_quantized_gradients=true", r"reduced as they are"),
+        ("engine.deepspeed.zero_optimization.zero_quantized_nontrainable_weights=true", r"weights are float32"),
+        ("engine.deepspeed.zero_optimization.cpu_offload=true", r"cpu_offload=True.*engine\.offload_optimizer"),
+        ("engine.deepspeed.data_efficiency.enabled=true", r"data_efficiency=.*bit for bit"),
+        ("engine.deepspeed.curriculum_learning.enabled=true", r"curriculum_learning=.*bit for bit"),
+        ("engine.deepspeed.sparse_gradients=true", r"sparse_gradients=True.*dense"),
+        ("engine.deepspeed.pipeline.stages=2", r"pipeline=.*whole network"),
+        ("engine.deepspeed.autotuning.enabled=true", r"autotuning=.*--auto-micro-batch"),
+        ("engine.deepspeed.compression_training.weight_quantization.shared=1", r"compression_training=.*float32"),
+        # Names that DeepSpeed would pass over in silence, and values that it would stumble over.
+        ("engine.deepspeed.zero_optimizaton.stage=1", r"not known to DeepSpeed; did you mean zero_optimization\?"),
+        ("engine.deepspeed.zero_optimization.foo=1", r"zero_optimization\.foo=1 is not known"),
+        (
+            "engine.deepspeed.zero_optimization.prefetch_bucket_size=1",
+            r"did you mean zero_optimization\.stage3_prefetch_bucket_size\?",
+        ),
+        (
+            "engine.deepspeed.zero_optimization.stage3_prefetch_bucket_size=many",
+            r"stage3_prefetch_bucket_size='many' must be a whole number",
+        ),
+        ("engine.deepspeed.zero_optimization.stage3_max_live_parameters=.inf", r"=inf must be a whole number"),
+        ("engine.deepspeed.zero_optimization.reduce_scatter=2", r"reduce_scatter=2 must be true, false or auto"),
     ],
 )
 def test_contradictions_are_refused(tiny_config: Path, override: str, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         settings(load_config(tiny_config, [override]))
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_auto_and_what_is_off_change_nothing(tiny_config: Path, stage: int) -> None:
+    """A file as other programs fill it in, all of it left to them."""
+    zero = {
+        "stage": stage, "reduce_bucket_size": "auto", "stage3_prefetch_bucket_size": "auto", "overlap_comm": "auto",
+        "offload_param": {"device": "none"}, "zero_quantized_weights": False, "sub_group_size": "auto",
+    }  # fmt: skip
+    theirs = {
+        "train_batch_size": "auto", "gradient_clipping": "auto", "zero_optimization": zero, "optimizer": "auto",
+        "fp16": {"enabled": "auto", "loss_scale": 0, "initial_scale_power": 16}, "bf16": {"enabled": False},
+        "amp": {"enabled": False}, "torch_autocast": {"enabled": False, "dtype": "bfloat16"}, "scheduler": None,
+        "elasticity": {}, "gradient_allreduce_op": "mean",
+    }  # fmt: skip
+    config = load_config(tiny_config, [f"engine.zero_stage={stage}"])
+    added = config.model_copy(update={"engine": config.engine.model_copy(update={"deepspeed": theirs})})
+    assert settings(added) == settings(config)
+    assert memory_of(added, 2) == memory_of(config, 2)
+
+
+def test_auto_within_the_users_own_settings_is_left_out(tiny_config: Path) -> None:
+    override = "engine.deepspeed.flops_profiler={enabled: false, profile_step: auto}"
+    assert settings(load_config(tiny_config, [override]))["flops_profiler"] == {"enabled": False}
+
+
+def test_what_is_free_replaces_ours_and_reaches_the_plan(tiny_config: Path) -> None:
+    stage3, key = "engine.zero_stage=3", "engine.deepspeed.zero_optimization.stage3_prefetch_bucket_size"
+    told = [settings(load_config(tiny_config, [stage3, *more])) for more in ([], [f"{key}=1e3"])]
+    assert [t["zero_optimization"]["stage3_prefetch_bucket_size"] for t in told] == [5_000_000, 1000]
+    plenty, little = (memory_of(load_config(tiny_config, [stage3, f"{key}={n}"]), 2) for n in ("auto", 0))
+    assert little.weights <= plenty.weights
+
+
+def test_every_name_is_one_of_deepspeeds() -> None:
+    """The lists against DeepSpeed itself."""
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    names = {field.alias or name for name, field in DeepSpeedZeroConfig.model_fields.items()}
+    ours = {n.partition(".")[2] for n in {**deepspeed_settings_module._REFUSED, **deepspeed_settings_module._OURS}}
+    known = deepspeed_settings_module._ZERO_NUMBERS | deepspeed_settings_module._ZERO_SWITCHES | ours - {""}
+    older = {"stage3_gather_fp16_weights_on_model_save"}  # another name for one that is known
+    assert names - older - known == {"leaf_module"}
+    assert known - names == {"mics_shard_size"}  # of a class of its own
+
+
+def test_what_deepspeed_itself_refuses_is_the_users_error(tiny_config: Path, tmp_path: Path) -> None:
+    overrides = [f"run.folder={tmp_path / 'run'}", "engine.deepspeed.comms_logger={verbose: perhaps}"]
+    done = subprocess.run(
+        [sys.executable, "trainer/run.py", "--config", str(tiny_config), *overrides], cwd=ROOT, text=True,
+        capture_output=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2, done.stderr
+    assert "engine.deepspeed={'comms_logger': {'verbose': 'perhaps'}}: DeepSpeed cannot work with" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -26,23 +26,29 @@ exit $EXIT
 
 
 @pytest.mark.parametrize(
-    ("code", "starts", "requeued"),
-    [(0, 0, False), (2, 0, False), (3, 0, True), (3, 50, True), (4, 0, True), (137, 19, True), (4, 20, False)],
-)
-def test_the_slurm_script(tmp_path: Path, code: int, starts: int, requeued: bool) -> None:
+    ("code", "losses", "requeued", "losses_after"),
+    [
+        (0, 7, False, 7), (1, 0, False, 0), (2, 0, False, 0), (3, 0, True, 0), (3, 20, True, 20),
+        (4, 0, True, 1), (137, 19, True, 20), (4, 20, False, 21),
+    ],
+)  # fmt: skip
+def test_the_slurm_script(tmp_path: Path, code: int, losses: int, requeued: bool, losses_after: int) -> None:
     for name, text in (("srun", SRUN), ("scontrol", SCONTROL), ("trainer", TRAINER)):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     slurm = {"SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "node[3-4]", "SLURM_NTASKS": "4", "SLURM_JOB_NUM_NODES": "2"}
     environment = os.environ | slurm | {
-        "SLURM_RESTART_COUNT": str(starts), "EXIT": str(code), "PYTHON": str(tmp_path / "trainer"),
-        "PATH": f"{tmp_path}:{os.environ['PATH']}",
+        "SLURM_RESTART_COUNT": "50", "LOSSES": str(tmp_path / "losses"), "EXIT": str(code),
+        "PYTHON": str(tmp_path / "trainer"), "PATH": f"{tmp_path}:{os.environ['PATH']}",
     }  # fmt: skip
+    if losses:
+        (tmp_path / "losses").write_text(f"{losses}\n")
     done = subprocess.run(
         ["bash", str(LAUNCH / "train.sbatch"), "--config", "a b.yaml"], env=environment, text=True, capture_output=True
     )
     assert ("scontrol requeue 77" in done.stdout) == requeued
     assert done.returncode == (0 if requeued else code)
+    assert (int((tmp_path / "losses").read_text()) if losses_after else 0) == losses_after
     ranks = range(4) if code == 0 else range(1)
     for rank in ranks:
         where = f"rank {rank} local {rank % 2} of 4/2 at node3:20077"

@@ -95,3 +95,16 @@ def test_impossible_options_are_refused(
 def test_processes_must_divide_the_batch(tiny_config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="cannot be divided among 3"):
         run(monkeypatch, "--config", tiny_config, "--processes", 3)
+
+
+def test_deepspeeds_own_settings_may_say_auto(
+    tiny_config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = "engine.deepspeed.zero_optimization.stage3_prefetch_bucket_size"
+    command = ("--config", tiny_config, "--processes", 2, "engine.zero_stage=3")
+    run(monkeypatch, *command)
+    plain = capsys.readouterr().out
+    run(monkeypatch, *command, f"{key}=auto")
+    assert capsys.readouterr().out == plain
+    with pytest.raises(ConfigError, match="stage3_prefetch_bucket_size='many'"):
+        run(monkeypatch, *command, f"{key}=many")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -19,10 +20,12 @@ from PIL import Image
 from ranks import ROOT, run_ranks, start_ranks
 
 from data_pipeline.dataset import ShardDataset
+from data_pipeline.errors import AgreedError, disk_message
 from trainer.export import open_export
 from trainer.grid import save_grid
 from trainer.inputs import downsample
 from trainer.ports import free_port
+from trainer.run_folder import RunFolder, naming_a_full_disk
 from trainer.sampling import Stage, sample
 from trainer.tracking.records import read_train_records
 
@@ -142,6 +145,37 @@ def test_other_settings_in_the_same_folder_are_refused(tiny_config: Path, tmp_pa
     done = run(sys.executable, *command, "train.lr=0.5")
     assert done.returncode == 2
     assert "train.lr: 0.001 -> 0.5" in done.stderr
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(tiny_config: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for folder in (tmp_path / "file", tmp_path / "file" / "run"):
+        done = run(sys.executable, "trainer/run.py", "--config", str(tiny_config), f"run.folder={folder}")
+        assert done.returncode == 2
+        assert f"error: run.folder={folder} cannot be made: " in done.stderr
+        assert "Traceback" not in done.stderr
+
+
+def test_damaged_files_of_a_run_are_named_with_a_remedy(tmp_path: Path) -> None:
+    folder = RunFolder(tmp_path)
+    assert folder.read_result() is None
+    for content in (b'{"nimg": 4', b"", b"\xff\x00", b"[]"):
+        folder.result.write_bytes(content)
+        (tmp_path / "run.json").write_bytes(content)
+        with pytest.raises(AgreedError, match=r"result\.json is damaged .*Remove it: the same command"):
+            folder.read_result()
+        with pytest.raises(AgreedError, match=r"run\.json is damaged .*Remove it: the run"):
+            folder.identity()
+
+
+def test_a_full_disk_is_told_with_the_runs_folder(tmp_path: Path) -> None:
+    for error, named in ((OSError(errno.ENOSPC, "full"), str(tmp_path)), (OSError(errno.ENOSPC, "full", "x"), "x")):
+        with pytest.raises(OSError, match="full") as raised, naming_a_full_disk(tmp_path):
+            raise error
+        assert f"the disk is full while writing {named}." in (disk_message(raised.value) or "")
+    with pytest.raises(ConnectionResetError) as other, naming_a_full_disk(tmp_path):
+        raise ConnectionResetError(errno.ECONNRESET, "reset")
+    assert other.value.filename is None
 
 
 def wait_for(condition: object, seconds: float = 60) -> None:

@@ -40,10 +40,9 @@ def gate(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
 def test_training_goes_on_while_its_past_is_written(tmp_path: Path, gate: threading.Event) -> None:
     weights = {"weight|w|0": torch.arange(4.0)}
-    saver, copies = Saver(tmp_path, ALONE), HostCopies()
+    saver = Saver(tmp_path, ALONE)
     done: list[Path] = []
-    taken, ready = copies.take(weights)
-    saver.save(snapshot(8, taken), ready, done.append)
+    saver.save(snapshot(8, weights), done.append)
     weights["weight|w|0"].fill_(-1)  # the next step
     assert not list_checkpoints(tmp_path)
     assert not done
@@ -55,20 +54,26 @@ def test_training_goes_on_while_its_past_is_written(tmp_path: Path, gate: thread
     assert torch.equal(CheckpointReader(done[0]).whole("weight", "w"), torch.arange(4.0))
 
 
-def test_a_second_save_waits_for_the_first_and_uses_its_memory_again(tmp_path: Path, gate: threading.Event) -> None:
-    saver, copies = Saver(tmp_path, ALONE), HostCopies()
-    first, _ = copies.take({"weight|w|0": torch.zeros(4)})
-    saver.save(snapshot(8, first), None, None)
-    seen: list[list[str]] = []
-    opener = threading.Timer(0.2, gate.set)
-    opener.start()
+def test_a_second_save_waits_for_the_first_and_uses_its_memory_again(
+    tmp_path: Path, gate: threading.Event, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saver = Saver(tmp_path, ALONE)
+    places, take = [], HostCopies.take
+
+    def noted(self: HostCopies, tensors: dict[str, Tensor]) -> Any:
+        taken = take(self, tensors)
+        places.append((len(list_checkpoints(tmp_path)), taken[0]["weight|w|0"].data_ptr()))
+        return taken
+
+    monkeypatch.setattr(HostCopies, "take", noted)
+    saver.save(snapshot(8, {"weight|w|0": torch.zeros(4)}), None)
+    second = threading.Thread(target=saver.save, args=(snapshot(16, {"weight|w|0": torch.ones(4)}), None))
+    second.start()
+    gate.set()
+    second.join()
     saver.wait()
-    seen.append([p.name for p in list_checkpoints(tmp_path)])
-    second, _ = copies.take({"weight|w|0": torch.ones(4)})
-    assert first["weight|w|0"].data_ptr() == second["weight|w|0"].data_ptr()
-    saver.save(snapshot(16, second), None, None)
-    saver.wait()
-    assert seen == [["000000000008"]]
+    assert [written for written, _ in places] == [0, 1]  # nothing was copied before the first was on the disk
+    assert places[0][1] == places[1][1]
     values = [CheckpointReader(p).whole("weight", "w").tolist() for p in reversed(list_checkpoints(tmp_path))]
     assert values == [[0.0] * 4, [1.0] * 4]
 
@@ -81,7 +86,7 @@ def test_a_failure_is_seen_at_once_and_raised_once(tmp_path: Path, monkeypatch: 
     if where == "checkpoint":
         monkeypatch.setattr("trainer.checkpoint.write_mapping", full)
     saver = Saver(tmp_path, ALONE)
-    saver.save(snapshot(8, {"weight|w|0": torch.zeros(4)}), None, full if where == "export" else None)
+    saver.save(snapshot(8, {"weight|w|0": torch.zeros(4)}), full if where == "export" else None)
     assert saver._thread is not None
     saver._thread.join()
     assert saver.failed
@@ -107,7 +112,7 @@ def test_copies_are_of_every_type_and_size(monkeypatch: pytest.MonkeyPatch) -> N
 
 def test_closing_lets_a_save_end(tmp_path: Path, gate: threading.Event) -> None:
     saver = Saver(tmp_path, ALONE)
-    saver.save(snapshot(8, {"weight|w|0": torch.zeros(4)}), None, None)
+    saver.save(snapshot(8, {"weight|w|0": torch.zeros(4)}), None)
     saver.close(0.05)
     assert not list_checkpoints(tmp_path)
     gate.set()

@@ -5,6 +5,8 @@ First with stand-ins for the processes, which start at once; then with the train
 
 from __future__ import annotations
 
+import errno
+import json
 import os
 import re
 import signal
@@ -13,15 +15,18 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ranks import ROOT, start_ranks
 
+import trainer.watchdog as module
 from trainer.ports import free_port
 from trainer.tracking.records import read_train_records
-from trainer.watchdog import LOST_EXIT, Entry, Member, Place, Roll, _listen
+from trainer.watchdog import LOST_EXIT, Entry, Hub, Member, Place, Roll, Verdict, _listen, lost_a_peer
 
 Job = list[subprocess.Popen[str]]
 
@@ -89,25 +94,25 @@ def test_survivors_say_that_they_lost_the_main_process(start: Callable[..., Job]
 
 @pytest.mark.parametrize("frozen", [0, 1])
 def test_a_frozen_process_is_named_and_killed(start: Callable[..., Job], frozen: int) -> None:
-    job = start("wait", "wait", dead=1)
+    job = start("wait", "wait", dead=4)
     job[frozen].send_signal(signal.SIGSTOP)
     codes, texts = finish(job)
     assert codes[frozen] == -signal.SIGKILL  # it could not end itself
     assert codes[1 - frozen] == LOST_EXIT
-    told(texts, f"process {frozen} (pid {job[frozen].pid}", "has not answered for 1 s", "frozen")
+    told(texts, f"process {frozen} (pid {job[frozen].pid}", "has not answered for 4 s", "frozen")
 
 
 def test_a_process_whose_interpreter_is_blocked_is_killed(start: Callable[..., Job]) -> None:
-    codes, texts = finish(start("wait", "blocked", dead=1))
+    codes, texts = finish(start("wait", "blocked", dead=4))
     assert codes == [LOST_EXIT, -signal.SIGKILL]
     told(texts, "process 1", "frozen")
 
 
 def test_a_job_that_was_suspended_as_a_whole_goes_on(start: Callable[..., Job]) -> None:
-    job = start("step", "step", dead=1, hang=1)
+    job = start("step", "step", dead=3, hang=3)
     for process in job:
         process.send_signal(signal.SIGSTOP)
-    time.sleep(3)
+    time.sleep(5)
     for process in job:
         process.send_signal(signal.SIGCONT)
     assert finish(job) == ([0, 0], ["", ""])
@@ -192,6 +197,46 @@ def test_the_port_is_at_the_masters_address_only(monkeypatch: pytest.MonkeyPatch
         with _listen() as server:
             assert server.getsockname()[0] in (bound, bound.replace("::", "0.0.0.0"))
     # 192.0.2.1 is no address of this machine; some-name leads to a loopback here, and elsewhere from other hosts.
+
+
+def test_the_hub_judges_at_its_beats_and_when_one_is_gone_but_not_after_every_line(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    judged: list[int] = []
+
+    class Counted(Roll):
+        def judge(self) -> Verdict | None:
+            judged.append(len(lines))
+            return super().judge()
+
+    lines: list[bytes] = []
+    exits: list[int] = []
+    monkeypatch.setattr(module, "BEAT_SECONDS", 3600.0)
+    monkeypatch.setattr(module, "_exit", exits.append)
+    monkeypatch.setattr(module, "_end_without_fail", exits.append)
+    member = Member(1, "elsewhere", 1, "")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        hub = Hub(Member.me(0), Counted(2, hang_seconds=0, dead_seconds=20), server, "token")
+        hub.start()
+        with socket.create_connection(server.getsockname(), timeout=60) as peer, peer.makefile("rb") as answers:
+            peer.sendall(json.dumps({"token": "token", "member": asdict(member)}).encode() + b"\n")
+            for _ in range(200):
+                peer.sendall(json.dumps({"place": asdict(Place())}).encode() + b"\n")
+                lines.append(answers.readline())
+        hub.join(60)
+    assert lines == [b"{}\n"] * 200
+    assert judged == [200]  # when it had gone
+    assert exits == [LOST_EXIT, LOST_EXIT]
+
+
+def test_only_what_a_collective_operation_raises_is_a_lost_peer(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert lost_a_peer(RuntimeError("[gloo/transport/tcp/pair.cc:533] Connection closed by peer [127.0.0.1]:1"))
+    assert lost_a_peer(torch.distributed.DistBackendError("NCCL: remote process exited or there was a network error"))
+    assert not lost_a_peer(BrokenPipeError(errno.EPIPE, "Broken pipe"))  # `| head`
+    assert not lost_a_peer(OSError(errno.ETIMEDOUT, "Connection timed out", "/nfs/metrics.0.jsonl"))
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert not lost_a_peer(RuntimeError("Connection closed by peer"))
 
 
 def test_one_silent_process_of_many_is_found() -> None:
