@@ -84,6 +84,7 @@ def test_blocks_are_whole_and_leave_out_the_steps_after_a_bare_one(monkeypatch: 
     assert run.whole == [[1.0] * WHOLE, [1.0] * WHOLE, []]
 
 
+@pytest.mark.prove
 def test_the_ladder_trains_and_reports_a_small_network(tmp_path: Path) -> None:
     out = tmp_path / "ladder.json"
     size = ["--device", "cpu", "--channels", "8", "--steps", "2", "--micro-batch", "1", "--precision", "fp32"]

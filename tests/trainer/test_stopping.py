@@ -63,6 +63,7 @@ def test_the_save_at_the_end_of_a_run_takes_its_time(start: Callable[..., Job], 
     assert (tmp_path / "run" / "result.json").exists()
 
 
+@pytest.mark.prove
 def test_a_save_that_the_next_one_waits_for_takes_its_time(start: Callable[..., Job], tmp_path: Path) -> None:
     (process,) = start("save=4", "train.budget_images=1000000", "train.checkpoint_every_images=8")
     wait_for_line(process, "saving")
@@ -89,6 +90,7 @@ def test_sigterm_ends_a_process_that_waits_for_a_hanging_peer(start: Callable[..
     assert "lost the main process" in texts[1]
 
 
+@pytest.mark.prove
 def test_ctrl_c_twice_ends_a_process_that_waits_for_a_hanging_peer(start: Callable[..., Job], tmp_path: Path) -> None:
     job = start("hang", "train.budget_images=1000000", grace=1000, ranks=2)
     wait_for_hang(tmp_path / "run", job)
@@ -99,6 +101,7 @@ def test_ctrl_c_twice_ends_a_process_that_waits_for_a_hanging_peer(start: Callab
     assert job[0].returncode == 130, text
 
 
+@pytest.mark.prove
 def test_ctrl_c_twice_waits_for_no_save(start: Callable[..., Job]) -> None:
     (process,) = start("save=1000", "train.budget_images=1000000", "train.checkpoint_every_images=8")
     wait_for_line(process, "saving")
@@ -117,7 +120,7 @@ def test_a_disk_full_for_a_metric_is_told_with_the_runs_folder(start: Callable[.
     assert "Traceback" not in text
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [2, *(pytest.param(n, marks=pytest.mark.prove) for n in (0, 3))])
 def test_no_groups_timeout_comes_before_the_watchdogs(tiny_config: Path, stage: int) -> None:
     text = run_ranks(["tests/trainer/timeout_ranks.py", str(tiny_config), f"engine.zero_stage={stage}"], 2)
     lines = [line.split()[1:] for line in text.splitlines() if line.startswith("timeouts")]

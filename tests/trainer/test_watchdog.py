@@ -299,7 +299,7 @@ def gone(pids: set[int]) -> None:
 @pytest.mark.parametrize(
     ("victim", "number"),
     [
-        (0, signal.SIGSTOP),
+        pytest.param(0, signal.SIGSTOP, marks=pytest.mark.prove),
         (1, signal.SIGKILL),
         pytest.param(0, signal.SIGKILL, marks=pytest.mark.prove),
         pytest.param(1, signal.SIGSTOP, marks=pytest.mark.prove),
