@@ -14,7 +14,7 @@ import os
 import shutil
 import traceback
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -272,12 +272,18 @@ def set_aside(path: Path) -> None:
     path.rename(aside)
 
 
+def kept_for_good(saves: Iterable[int], every: int | None) -> set[int]:
+    """Of the moments of saves (images seen), the first from each multiple of `every` on."""
+    firsts = {n // every: n for n in sorted(saves, reverse=True) if n >= every} if every else {}
+    return set(firsts.values())
+
+
 def remove_old(folder: Path, keep: int, *, every: int | None = None) -> None:
-    """Delete all but the newest `keep` checkpoints and, for good, the first from each multiple of `every` images on."""
+    """Delete all but the newest `keep` checkpoints and those kept for good."""
     paths = list_checkpoints(folder)
-    firsts = {int(path.name) // every: path for path in paths} if every else {}  # the later in the list, the earlier
+    stay = kept_for_good([int(path.name) for path in paths], every)
     for path in paths[keep:]:
-        if not every or int(path.name) < every or path != firsts[int(path.name) // every]:
+        if int(path.name) not in stay:
             leaving = path.with_name(f".{path.name}.tmp")  # killed half-way, it must not look like a checkpoint
             with contextlib.suppress(OSError):
                 path.rename(leaving)

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UserError, run_cli
+from trainer.checkpoint import kept_for_good
 from trainer.config import RunConfig, load_config
 from trainer.engine import split_batch
 from trainer.memory import FLOAT, Memory, largest_that_fits, memory_of
@@ -58,12 +59,12 @@ class Disk:
 def disk_of(config: RunConfig, plan: Milestones, cost: ModelCost) -> Disk:
     """Exports hold the weights and their averages, checkpoints also two moments, all in float32."""
     train = config.train
-    batch, every = train.global_batch, plan.checkpoint_every
+    every = plan.checkpoint_every
     saves = plan.exports | (set(range(every, plan.total + 1, every)) if every else set())
-    forever = {n for n in saves if train.keep_every_images and n % train.keep_every_images < batch}
     newest = set(sorted(saves)[-train.keep_checkpoints :])
+    num_kept = len(kept_for_good(saves, train.keep_every_images) | newest)
     tensors, params = 1 + len(train.ema_decays), FLOAT * cost.num_params
-    return Disk(params * tensors, params * (tensors + 2), len(plan.exports), len(saves), len(forever | newest))
+    return Disk(params * tensors, params * (tensors + 2), len(plan.exports), len(saves), num_kept)
 
 
 def choices(config: RunConfig, num_processes: int, *, limit: float | None, device: str) -> list[Choice]:

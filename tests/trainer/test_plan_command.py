@@ -68,6 +68,10 @@ def test_disk_space_of_exports_and_kept_checkpoints(tiny_config: Path) -> None:
     assert (disk.num_exports, disk.num_saves) == (2, 10)
     assert disk.num_kept == 4  # 32 and 64 for good, 72 and 80 as the newest
 
+    off = ["train.checkpoint_every_images=16", "train.keep_every_images=25", "train.keep_checkpoints=1"]
+    config = load_config(tiny_config, [*overrides, *off])
+    assert disk_of(config, Milestones.create(config, cost), cost).num_kept == 3  # 32 from 25 on, 64 from 50 on, and 80
+
 
 def test_json_has_the_same_figures(
     tiny_config: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
