@@ -58,6 +58,7 @@ class Ranks:
             "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
             "OMP_NUM_THREADS": str(max(1, int(self._spec.cpus // self._spec.num_processes))),
         }  # fmt: skip
+        environment.pop("PYTHONUNBUFFERED", None)  # else each piece of a line is a write, and two ranks' lines mix
         if not self._spec.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ""  # it was given none: it must not take one
         command = [sys.executable, str(ROOT / "trainer" / "run.py"), "--config", str(self._spec.folder / "trial.yaml")]
