@@ -31,9 +31,9 @@ from data_pipeline.manifest import Manifest
 from data_pipeline.progress import progress_bar
 from evaluation.features import FeatureNet, get_feature_net, metric_name
 from evaluation.features.reference import reference_stats, split_floor, stats_of_images
-from evaluation.frechet import frechet_distance
-from evaluation.nll import Mode, estimate_nll
-from evaluation.nll_plan import check_num_calls
+from evaluation.metrics.frechet import frechet_distance
+from evaluation.nll.estimate import Mode, estimate_nll
+from evaluation.nll.plan import check_num_calls
 from trainer.config import SamplingConfig, validate
 from trainer.diffusion.gaussian import Denoiser, GaussianDiffusion
 from trainer.diffusion.respacing import space_timesteps

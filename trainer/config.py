@@ -168,6 +168,8 @@ class SamplingConfig(Section):
     # Steps of the process that are visited: "100", "10,15,20", "ddim50" (by a fixed stride) or "quadratic50".
     respacing: Annotated[str, BeforeValidator(_text_of_number)] = "50"
     eta: float = Field(0.0, ge=0, le=1)  # noise of ddim; 0: none
+    # Classifier-free guidance: eps_null + guidance * (eps_class - eps_null), for networks that know a null class.
+    guidance: float = Field(1.0, ge=0)
 
     @model_validator(mode="before")
     @classmethod

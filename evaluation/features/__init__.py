@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from data_pipeline.errors import UserError
@@ -12,8 +14,17 @@ if TYPE_CHECKING:
     import torch
 
 
+@dataclass(frozen=True)
+class Features:
+    """What a net sees in images, float32 on the CPU."""
+
+    pool: torch.Tensor  # [N, dim]: the pooled features, of FD, KD, precision and recall
+    spatial: torch.Tensor | None = None  # [N, spatial_dim]: of the spatial FD (sFID)
+    probs: torch.Tensor | None = None  # [N, classes]: of the inception score
+
+
 class FeatureNet(Protocol):
-    """Images -> feature vectors."""
+    """Images -> features."""
 
     @property
     def name(self) -> str: ...
@@ -22,36 +33,51 @@ class FeatureNet(Protocol):
     def dim(self) -> int: ...
 
     @property
+    def spatial_dim(self) -> int:
+        """Of the spatial features; 0 for a net that gives none."""
+        ...
+
+    @property
+    def num_classes(self) -> int:
+        """Of the class probabilities; 0 for a net that gives none."""
+        ...
+
+    @property
     def weights_sha256(self) -> str: ...
 
     @property
     def resize(self) -> int:
-        """Side in pixels that images are resized to before the network sees them."""
+        """Side in pixels that images are resized to before the network sees them; how, the name says."""
         ...
 
-    def __call__(self, images: torch.Tensor) -> torch.Tensor:
-        """uint8 images [N, 3, H, W] -> float features [N, dim] on the CPU."""
+    def __call__(self, images: torch.Tensor) -> Features:
+        """uint8 images [N, 3, H, W] -> their features."""
         ...
 
 
-def _efflite0(device: str) -> FeatureNet:
+Loader = Callable[[str, Path | None], FeatureNet]  # (device, the user's weights file)
+
+
+def _efflite0(device: str, weights: Path | None) -> FeatureNet:
     from evaluation.features.efflite import load
 
     return load(device=device)
 
 
-REGISTRY: dict[str, Callable[[str], FeatureNet]] = {"efflite0": _efflite0}
+REGISTRY: dict[str, Loader] = {"efflite0": _efflite0}
 
 
-def get_feature_net(name: str, *, device: str = "cpu") -> FeatureNet:
+def get_feature_net(name: str, *, device: str = "cpu", weights: Path | None = None) -> FeatureNet:
     """The feature net of that name, with its weights loaded and checked.
 
+    `weights`: the file that holds them, for a net whose weights come with no package.
+
     Raises:
-        UserError: an unknown name, or weights that are not installed (names the package).
+        UserError: an unknown name, or weights that are not there (says where they come from).
     """
     if name not in REGISTRY:
         raise UserError(f"unknown feature net {name!r}; known: {', '.join(sorted(REGISTRY))}.")
-    return REGISTRY[name](device)
+    return REGISTRY[name](device, weights)
 
 
 def identity_of(net: FeatureNet) -> FeatureIdentity:

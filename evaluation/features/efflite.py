@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from data_pipeline.errors import DataError, UserError
 from data_pipeline.files import sha256_file
+from evaluation.features import Features
 
 NAME = "efflite0"
 DIM = 1280
@@ -173,12 +174,15 @@ class EffLite0:
     name: str = NAME
     dim: int = DIM
 
+    spatial_dim: int = 0
+    num_classes: int = 0
+
     @torch.inference_mode()
-    def __call__(self, images: Tensor) -> Tensor:
-        """uint8 images [N, 3, H, W] -> float32 features [N, 1280] on the CPU."""
+    def __call__(self, images: Tensor) -> Features:
+        """uint8 images [N, 3, H, W] -> pooled features [N, 1280]."""
         check_images(images)
         chunk = CHUNK.get(torch.device(self.device).type, ACCELERATOR_CHUNK)
-        return torch.cat([self._features(part).cpu() for part in torch.split(images, chunk)])
+        return Features(torch.cat([self._features(part).cpu() for part in torch.split(images, chunk)]))
 
     def _features(self, images: Tensor) -> Tensor:
         x = resize_bicubic(images.to(self.device), self.resize).sub_(127).div_(128)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from data_pipeline.errors import DataError
 from data_pipeline.progress import progress_bar
 from evaluation.features import FeatureNet, identity_of
-from evaluation.frechet import Floor, frechet_distance
+from evaluation.metrics.frechet import Floor, frechet_distance
 from evaluation.moments import Moments
 from evaluation.statistics import FeatureStats, read_stats, stats_from_moments, write_stats
 
@@ -39,7 +39,7 @@ def stats_of_images(
     moments = Moments(net.dim)
     with progress_bar(total=total, unit="img", description=progress, disable=not progress) as bar:
         for images in batches:
-            moments.add(net(as_colour(images)).numpy())
+            moments.add(net(as_colour(images)).pool.numpy())
             bar.update(len(images))
     return stats_from_moments(moments, identity=identity_of(net), data=data)
 

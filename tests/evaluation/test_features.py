@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from data_pipeline.errors import DataError, UserError
 from evaluation.features import efflite, get_feature_net, identity_of, metric_name
 from evaluation.features.reference import reference_stats, split_floor, spread
-from evaluation.frechet import frechet_distance
+from evaluation.metrics.frechet import frechet_distance
 from evaluation.moments import moments_of
 
 CROSSWORD, ANALOG_CLOCK = 918, 409  # ImageNet classes

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.errors import DataError
-from evaluation.frechet import factor, frechet_distance, frechet_features, frechet_gaussians, nuclear_norm, real_floor
+from evaluation.metrics.frechet import factor, frechet_distance, frechet_features, frechet_gaussians, nuclear_norm, real_floor
 from evaluation.moments import Moments, moments_of
 from evaluation.statistics import FeatureIdentity, FeatureStats, read_stats, stats_from_moments, write_stats
 

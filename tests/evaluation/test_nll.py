@@ -19,8 +19,8 @@ from scipy import stats
 from data_pipeline.dataset import ShardDataset
 from data_pipeline.errors import UserError
 from evaluation.evaluate import EvalRequest, evaluate, main, result_path, write_records
-from evaluation.nll import estimate_nll
-from evaluation.nll_plan import cell_edges, exact_plan, importance_plan, pilot_plan, probabilities
+from evaluation.nll.estimate import estimate_nll
+from evaluation.nll.plan import cell_edges, exact_plan, importance_plan, pilot_plan, probabilities
 from trainer.checkpoint import verify
 from trainer.config import DiffusionConfig, SamplingConfig
 from trainer.diffusion.gaussian import Denoiser, GaussianDiffusion

@@ -18,8 +18,8 @@ from data_pipeline.counter_rng import Stream, normal
 from data_pipeline.dataset import ShardDataset
 from data_pipeline.errors import UserError
 from data_pipeline.progress import progress_bar
-from evaluation import nll_plan
-from evaluation.nll_plan import Plan
+from evaluation.nll import plan as nll_plan
+from evaluation.nll.plan import Plan
 from trainer.diffusion.gaussian import Denoiser, GaussianDiffusion
 
 Mode = Literal["importance", "exact"]
