@@ -19,7 +19,7 @@ from cluster.plan import eval_resources, evaluation_flops, trial_resources, tria
 from cluster.spec import StudyConfig
 from cluster.trials import Trial, trial_config
 from data_pipeline.errors import UserError
-from trainer.config import SamplingConfig, load_config, save_config
+from trainer.config import load_config, save_config
 from trainer.run_folder import check_same_run
 from trainer.tracking.records import EvalRecord, TrainRecord, segments
 
@@ -96,9 +96,9 @@ class StudyFolder:
         for nimg in facts.export_images if facts.evaluated else ():
             export = self.run_folder(trial) / "exports" / f"{nimg:012d}"
             if (export / "manifest.json").exists():
-                for job in self._jobs(facts, export):
-                    if job.out.exists():
-                        values = json.loads(job.out.read_text())["records"]
+                for out in dict.fromkeys(job.out for job in self._jobs(facts, export)):
+                    if out.exists():
+                        values = json.loads(out.read_text())["records"]
                         records += [EvalRecord.from_json(value) for value in values]
         return records
 
@@ -122,25 +122,28 @@ class StudyFolder:
         return "\n".join(log.read_text(errors="replace").splitlines()[-num_lines:]) if log.exists() else ""
 
     def _jobs(self, trial: Trial, export: Path) -> list[EvalJob]:
+        """One job a shard of every evaluation; all shards of one are proved done by the same file."""
         nimg = int(export.name)
         wanted = requests(self.study, trial, nimg)
-        resources = eval_resources(self.study)
-        devices = resources.gpus or resources.cpus
+        resources, num_shards = eval_resources(self.study), self.study.resources.eval_shards
+        devices = (resources.gpus or resources.cpus) * num_shards
         work = evaluation_flops(self.study, trial, last=nimg == trial.total_images)
         seconds = work / (self.study.device.peak_flops * self.study.device.utilization * devices) / max(1, len(wanted))
         jobs = []
         for request in wanted:
             key = _key(request, _weights(export, request.weights))
             out = self.run_folder(trial.name) / "evals" / export.name / f"{key}.json"
-            jobs.append(
-                EvalJob(f"{trial.name}/{export.name}/{key}", trial.name, nimg, export, out, request, resources, seconds)
-            )
+            for shard in range(num_shards):
+                name = f"{trial.name}/{export.name}/{key}" + (f" {shard + 1}/{num_shards}" if num_shards > 1 else "")
+                place = (shard, num_shards)
+                jobs.append(EvalJob(name, trial.name, nimg, export, out, request, place, resources, seconds))
         return jobs
 
 
 def requests(study: StudyConfig, trial: Trial, nimg: int) -> list[Any]:
     """What is measured at a point of a trial, as `EvalRequest`s."""
-    from evaluation.evaluate import EvalRequest
+    from evaluation.nll.settings import NllSettings
+    from evaluation.request import EvalRequest
 
     wanted = study.evaluation
     folders = {"test": wanted.test, "train": trial.config.data.train}
@@ -150,13 +153,15 @@ def requests(study: StudyConfig, trial: Trial, nimg: int) -> list[Any]:
     if wanted.nll is not None:
         calls = {"test": wanted.nll.num_calls, "train": wanted.nll.train_num_calls or wanted.nll.num_calls}
         for split in wanted.nll.splits:
-            found.append(EvalRequest(data=folders[split], metrics=("nll",), num_calls=calls[split], **common))
+            nll = NllSettings(num_calls=calls[split], target_stderr=wanted.nll.target_stderr)
+            found.append(EvalRequest(data=folders[split], metrics=("nll",), nll=nll, **common))
     distance = wanted.distance
     if distance is not None and (distance.points == "all" or nimg == trial.total_images):
         request = EvalRequest(
-            data=folders[distance.split], metrics=("fd",), feature_net=distance.feature_net,
-            num_samples=distance.num_samples, num_reference=distance.num_reference,
-            sampling=SamplingConfig(sampler=distance.sampler, respacing=distance.respacing, eta=distance.eta), **common,
+            data=folders[distance.split], metrics=distance.metrics, sampling=distance.sampling,
+            num_samples=distance.num_samples, repeats=distance.repeats, batch=distance.batch,
+            num_reference=distance.num_reference, reference=distance.reference, feature_net=distance.feature_net,
+            feature_weights=distance.feature_weights, **common,
         )  # fmt: skip
         found.append(request)
     return found

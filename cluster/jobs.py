@@ -44,12 +44,13 @@ class TrialJob:
 class EvalJob:
     """Measure one export in one way."""
 
-    key: str  # unique: trial, nimg and the hash of what is measured on which weights
+    key: str  # unique: trial, nimg, the hash of what is measured on which weights, and the shard
     trial: str
     nimg: int
     export: Path
     out: Path  # the file that proves it was done
-    request: Any  # an evaluation.evaluate.EvalRequest
+    request: Any  # an evaluation.request.EvalRequest
+    shard: tuple[int, int]  # which of how many processes that share it
     resources: Resources
     seconds: float
 

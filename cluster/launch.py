@@ -81,7 +81,7 @@ class RayBackend:
             reference = actor.run.remote(spec, self._cwd)
         else:
             actor = self._evaluator(job.resources)
-            reference = actor.run.remote(job.export, job.request, job.out, self._cwd)
+            reference = actor.run.remote(job.export, job.request, job.out, job.shard, self._cwd)
         self._running[reference] = _Running(job, actor)
 
     def wait(self, seconds: float) -> list[Outcome]:

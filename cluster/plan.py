@@ -9,6 +9,7 @@ from cluster.jobs import EvalJob, Resources, TrialJob
 from cluster.simulate import SimulatedTrial, simulated_eval, simulated_makespan
 from cluster.spec import StudyConfig
 from cluster.trials import Trial
+from trainer.diffusion.guidance import num_calls_a_step
 from trainer.diffusion.respacing import space_timesteps
 from trainer.memory import Memory, memory_of
 
@@ -29,8 +30,8 @@ def evaluation_flops(study: StudyConfig, trial: Trial, *, last: bool) -> float:
         by_split = {"test": nll.num_calls, "train": nll.train_num_calls or nll.num_calls}
         calls += sum(by_split[split] for split in nll.splits)
     if distance is not None and (last or distance.points == "all"):
-        num_calls = len(space_timesteps(trial.config.diffusion.num_timesteps, distance.respacing))
-        calls += distance.num_samples * num_calls
+        num_steps = len(space_timesteps(trial.config.diffusion.num_timesteps, distance.respacing))
+        calls += distance.repeats * distance.num_samples * num_steps * num_calls_a_step(distance.guidance)
     return calls * trial.cost.forward_flops
 
 

@@ -18,7 +18,7 @@ from cluster.folder import StudyFolder
 from cluster.plan import flops, format_table
 from data_pipeline.files import write_atomic, write_json
 from evaluation.report.figures import draw_law, save_figure
-from evaluation.report.style import metric_label, size_label, split_label
+from evaluation.report.style import is_fitted, metric_label, size_label, split_label
 from evaluation.report.tables import distance_table, fits_table, law_report
 from evaluation.scaling.law import Law, LawFit, fit_law
 from evaluation.scaling.points import Point, point_from_record, write_csv
@@ -47,7 +47,7 @@ def write_report(folder: StudyFolder) -> Report:
     points += [gap for name, trial in folder.trials.items() if trial.fitted for gap in gap_points(records[name])]
     folder.law.mkdir(parents=True, exist_ok=True)
     write_csv(folder.law / "points.csv", points)
-    laws = [fit_law(group) for group in _groups(points)]
+    laws = [fit_law(group) for group in _groups(points) if is_fitted(group[0].metric)]
     figures = [_draw(folder, law) for law in laws]
     text = "\n\n".join([trials_table(folder, records), *(_law_text(law, main=i == 0) for i, law in enumerate(laws))])
     distances = _distances_text(fitted)

@@ -96,7 +96,7 @@ def _preflight(folder: StudyFolder) -> None:
             request.check()
     distance = folder.study.evaluation.distance
     if distance is not None:
-        get_feature_net(distance.feature_net)
+        get_feature_net(distance.feature_net, weights=distance.feature_weights)
 
 
 class _StopSignal:

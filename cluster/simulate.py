@@ -117,4 +117,4 @@ def simulated_makespan(
 def simulated_eval(trial: str, nimg: int, *, resources: Resources, seconds: float) -> EvalJob:
     """An evaluation that only takes time."""
     nowhere = Path("/nonexistent")
-    return EvalJob(f"{trial}/{nimg}", trial, nimg, nowhere, nowhere, None, resources, seconds)
+    return EvalJob(f"{trial}/{nimg}", trial, nimg, nowhere, nowhere, None, (0, 1), resources, seconds)

@@ -72,16 +72,26 @@ class NllConfig(Section):
     splits: tuple[Literal["test", "train"], ...] = Field(default=("test", "train"), min_length=1)
     num_calls: int = Field(default=2048, ge=128)  # network calls an estimate
     train_num_calls: int | None = Field(default=None, ge=128)  # on training images; default: num_calls
+    target_stderr: float | None = Field(default=None, gt=0)  # bits/dim: stop below the budget as soon as it is reached
 
 
 class DistanceConfig(SamplingConfig):
-    """The Fréchet distance in a feature net's space; with Inception it is the FID."""
+    """Metrics of samples: distances in a feature net's space, and their kin; with Inception fd is the FID."""
 
+    metrics: tuple[str, ...] = Field(default=("fd",), min_length=1)  # fd, sfd, is, kd, precision, recall
     feature_net: str = "efflite0"
+    feature_weights: Path | None = None  # the net's weights file; default: where it is kept, or downloaded
     split: Literal["test", "train"] = "test"  # the real images it is compared with
     num_samples: int = Field(ge=2)
+    repeats: int = Field(default=1, ge=1)  # sets of samples; from two on there is a standard error
+    batch: int = Field(default=64, ge=1)  # samples a network call
     num_reference: int | None = Field(default=None, ge=2)  # real images; default: the whole split
+    reference: Path | None = None  # npz of published statistics to compare with instead
     points: Literal["last", "all"] = "last"  # at each trial's last point, or at all
+
+    @property
+    def sampling(self) -> SamplingConfig:
+        return SamplingConfig(**{name: getattr(self, name) for name in SamplingConfig.model_fields})
 
 
 class EvaluationConfig(Section):
@@ -102,6 +112,7 @@ class ResourcesConfig(Section):
     gpus: int = Field(default=0, ge=0)
     eval_cpus: float = Field(default=1, gt=0)
     eval_gpus: int = Field(default=0, ge=0)
+    eval_shards: int = Field(default=1, ge=1)  # processes that share one evaluation, each with eval_cpus and eval_gpus
 
     @model_validator(mode="after")
     def _one_device_a_process(self) -> ResourcesConfig:

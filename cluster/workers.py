@@ -49,12 +49,13 @@ class EvalWorker:
         if not has_gpu:
             os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported
 
-    def run(self, export: Path, request: Any, out: Path, cwd: Path) -> tuple[Status, str]:
+    def run(self, export: Path, request: Any, out: Path, shard: tuple[int, int], cwd: Path) -> tuple[Status, str]:
         os.chdir(cwd)
-        from evaluation.evaluate import evaluate, write_records
+        from evaluation.chunks import Shard
+        from evaluation.evaluate import evaluate_to
 
         try:
-            write_records(out, evaluate(export, request, progress=False), request)
+            evaluate_to(out, export, request, shard=Shard(*shard), progress=False)
         except UserError as error:
             return "user_error", str(error)
         except OSError as error:

@@ -36,7 +36,7 @@ _LOOK_SECONDS = 0.2
 
 
 class FinishedElsewhere(Exception):
-    """The job's result was written by another process while this one worked on it."""
+    """The job's result is another process's to write, or was written by it while this one worked."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Chunks:
 
     def results(
         self, kind: str, num: int, make: Make, *, work: Callable[[int], int] = lambda number: 1, unit: str = "chunk",
-        title: str = "",
+        title: str = "", final: bool = False,
     ) -> Iterator[Arrays]:  # fmt: skip
         """What each of `num` chunks gives, in order of number; one is in memory at a time.
 
@@ -88,8 +88,9 @@ class Chunks:
             kind: names this series of chunks in the folder.
             make: computes a chunk; it moves the bar by `work(number)` units in all.
             title: of the progress bar; no bar without one.
+            final: these are the job's last: processes other than the first have done their part with their own.
 
-        Raises FinishedElsewhere when another process has written the job's result.
+        Raises FinishedElsewhere when another process has written the job's result, or will (`final`).
         """
         if self._folder is None:
             with self._bar(work, range(num), unit, title) as bar:
@@ -97,6 +98,8 @@ class Chunks:
                     yield make(number, bar.update)
             return
         self._make_own(self._folder / kind, num, make, work, unit, title)
+        if final and self.shard.index != 0:
+            raise FinishedElsewhere
         for number in range(num):
             yield self._found(self._folder / kind, number) or self._awaited(self._folder / kind, number, make)
 

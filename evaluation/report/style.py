@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
-_METRICS = {"nll": "NLL (bits/dim)", "fid": "FID"}
+_METRICS = {
+    "nll": "NLL (bits/dim)", "fid": "FID", "sfid": "sFID", "is": "inception score", "kid": "KID",
+    "precision": "precision", "recall": "recall",
+}  # fmt: skip
+_KINDS = {
+    "fd": "Fréchet distance", "sfd": "spatial Fréchet distance", "kd": "kernel distance", "precision": "precision",
+    "recall": "recall",
+}  # fmt: skip
 _NETS = {"efflite0": "EfficientNet-Lite0", "inception": "Inception-v3"}
 _SPLITS = {"test": "held-out images", "train": "training images"}
 
 
 def metric_label(metric: str) -> str:
     """A metric's name with its unit."""
-    if metric.startswith("fd_"):
-        net = metric.removeprefix("fd_")
-        return f"Fréchet distance ({_NETS.get(net, net)})"
+    kind, _, net = metric.partition("_")
+    if kind in _KINDS and net:
+        return f"{_KINDS[kind]} ({_NETS.get(net, net)})"
     return _METRICS.get(metric, metric)
+
+
+def is_fitted(metric: str) -> bool:
+    """Whether a law is sought for it: likelihoods and distances fall towards a constant, scores and shares do not."""
+    return metric.partition("_")[0] in ("nll", "fd", "fid", "sfd", "sfid")
 
 
 def split_label(split: str) -> str:

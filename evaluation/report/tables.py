@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from evaluation.report.style import metric_label, size_label, split_label
 from evaluation.scaling.law import Law, LawFit
 from evaluation.scaling.points import Point
+from trainer.tracking.records import EvalRecord
 
 _INDENT = "  "
 
@@ -94,6 +95,40 @@ def distance_table(points: Sequence[Point], *, num_samples: int, floor: float | 
         rows.append(["real against real", "", "", "", str(num_samples), f"{floor:.4g}"])
     name = ordered[0].metric if ordered else "distance"
     return table(["run", "parameters", "images", "FLOPs", "N", name], rows, left=(0,))
+
+
+def metrics_table(records: Sequence[EvalRecord]) -> str:
+    """All that was measured of a run, or of several: one line a record, by images seen."""
+    ordered = sorted(records, key=lambda r: (r.run, r.nimg, r.metric != "nll", r.metric, r.split))
+    runs = len({record.run for record in records}) > 1
+    rows = [
+        [r.run if runs else "", f"{r.nimg:,}", metric_label(r.metric), r.split, _measured_value(r), f"{r.n:,}", _how(r)]
+        for r in ordered
+    ]
+    header = ["run", "images", "metric", "split", "value", "N", "how"]
+    return table(header, rows, left=(0, 2, 3, 6))
+
+
+def _measured_value(record: EvalRecord) -> str:
+    return f"{record.value:.5g}" if record.stderr is None else f"{record.value:.4f} ± {record.stderr:.4f}"
+
+
+def _how(record: EvalRecord) -> str:
+    """What a reader must know before comparing the value with another."""
+    m = record.measured
+    if record.metric == "nll":
+        words = [f"{m.get('mode')}, {m.get('num_timesteps')} steps"]
+    else:
+        words = [f"{m.get('sampler')} {m.get('respacing')}, {m.get('feature_net')}", f"{m.get('num_reference'):,} real"]
+        if m.get("guidance", 1.0) != 1.0:
+            words.append(f"guidance {m['guidance']:g}")
+        floor = record.details.get("floor")
+        words += [] if floor is None else [f"real against real {floor:.4g}"]
+    if m.get("weights") != "ema":
+        words.append(f"weights {m.get('weights')}")
+    if "ensemble_below" in m:
+        words.append(f"ensemble below {m['ensemble_below']}")
+    return "; ".join(words)
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[int] = ()) -> str:

@@ -248,6 +248,11 @@ def _run_files(folder: Path) -> Iterator[tuple[Path, str | None]]:
     if (folder / "config.yaml").exists():
         yield folder / "config.yaml", None
     yield from ((path, "samples") for path in sorted(folder.glob("samples/*.png")))
+    if (folder / "evals" / "metrics.txt").exists():
+        yield folder / "evals" / "metrics.txt", "evals"
+    for result in sorted(folder.glob("evals/*/*.json")):  # its pictures and arrays were there before it
+        name = json.loads(result.read_text()).get("name", result.stem)
+        yield from ((path, f"evals/{result.parent.name}/{name}") for path in sorted(result.with_suffix("").glob("*")))
 
 
 def _load_cursor(path: Path, tracker: Tracker, run_id: str, eval_keys: set[str]) -> Cursor:
@@ -265,7 +270,7 @@ def _load_cursor(path: Path, tracker: Tracker, run_id: str, eval_keys: set[str])
 
 def _state(folder: Path) -> tuple[Any, ...]:
     """Changes whenever the folder has something new to send."""
-    names = ("run.json", "result.json", "metrics.*.jsonl", "evals/*/*.json", "samples/*.png")
+    names = ("run.json", "result.json", "metrics.*.jsonl", "evals/*/*.json", "evals/*.txt", "samples/*.png")
     found = (path for name in names for path in sorted(folder.glob(name)))
     return tuple((path.name, stat.st_size, stat.st_mtime_ns) for path in found for stat in [path.stat()])
 

@@ -1,0 +1,108 @@
+"""What is asked of an evaluation, and the key that names it: equal requests have equal keys, whoever asks."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from data_pipeline.errors import UserError
+from data_pipeline.files import sha256_file
+from data_pipeline.manifest import Manifest
+from evaluation.ensemble import Ensemble
+from evaluation.nll.settings import NllSettings
+from evaluation.quality import KINDS, check_kinds
+from trainer.config import SamplingConfig
+from trainer.export import Weights
+
+# Part of every key: raised when a metric's definition changes, so that values of before are not taken for new ones.
+DEFINITION = 2
+
+
+@dataclass(frozen=True)
+class EvalRequest:
+    """What to measure of an export."""
+
+    data: Path  # a data split
+    metrics: tuple[str, ...] = ("nll",)
+    weights: Weights = "ema"
+    seed: int = 0
+    ensemble: Ensemble | None = None
+    nll: NllSettings = field(default_factory=NllSettings)
+    num_samples: int = 2048  # of each repeat
+    repeats: int = 1  # sets of samples, of seeds seed, seed + 1, ...
+    batch: int = 64  # samples a network call
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    num_reference: int | None = None  # real images that samples are compared with; default: the whole split
+    reference: Path | None = None  # npz of published statistics to compare with instead
+    feature_net: str = "efflite0"
+    feature_weights: Path | None = None  # the net's weights file, for those that come with no package
+    num_threads: int | None = None  # of a CPU; no part of the key
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The metrics of samples among those asked for, by kind. Raises UserError for what the net does not give."""
+        names = [metric for metric in self.metrics if metric != "nll"]
+        return check_kinds(names, self.feature_net) if names else ()
+
+    @property
+    def nll_if_asked(self) -> tuple[str, ...]:
+        return ("nll",) if "nll" in self.metrics else ()
+
+    def key(self, weights_sha256: str) -> str:
+        """Names the evaluation of these weights (see `subject.weights_identity`)."""
+        content = {
+            "definition": DEFINITION,
+            "metrics": {metric: self.settings(metric) for metric in (*self.nll_if_asked, *self.kinds)},
+            "weights": self.weights,
+            "seed": self.seed,
+            "data": Manifest.load(self.data).fingerprint,
+            "weights_sha256": weights_sha256,
+        }
+        return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    def settings(self, metric: str) -> dict[str, Any]:
+        """What the value of this metric depends on: only this names it."""
+        if metric == "nll":
+            nll, mode = self.nll, self.nll.mode
+            size = {"num_images": nll.num_images} if mode == "exact" else {
+                "num_calls": nll.num_calls, "target_stderr": nll.target_stderr}  # fmt: skip
+            return {"mode": mode, **size, "respacing": nll.respacing, "clip_denoised": nll.clip_denoised}
+        names = ("num_samples", "repeats", "batch", "num_reference", "feature_net")
+        files = {"reference": self.reference, "feature_weights": self.feature_weights}
+        return (
+            {name: getattr(self, name) for name in names}
+            | {name: None if path is None else _hash(path) for name, path in files.items()}
+            | {"sampling": self.sampling.model_dump()}
+        )
+
+    def check(self) -> None:
+        """Raises UserError for what cannot be measured, before anything is computed."""
+        if not self.metrics:
+            raise UserError(f"no metric is asked for; known: nll, {', '.join(KINDS)}.")
+        if self.nll_if_asked:
+            self.nll.check()
+        for name, least in (("seed", 0), ("num_reference", 2), ("num_threads", 1), ("repeats", 1), ("batch", 1)):
+            value = getattr(self, name)
+            if value is not None and value < least:
+                raise UserError(f"--{name.replace('_', '-')} {value} is too small; use {least} or more.")
+            if value is not None and value >= 2**63:
+                raise UserError(f"--{name.replace('_', '-')} {value} is too large; use less than 2**63.")
+        if self.kinds and self.num_samples < 2:
+            raise UserError(f"--num-samples {self.num_samples}: sets of images are compared; use 2 or more.")
+        for path in (self.reference, self.feature_weights):
+            if path is not None and not path.is_file():
+                raise UserError(f"{path}: no such file.")
+
+
+def _hash(path: Path) -> str:
+    stat = path.stat()
+    return _hash_once(path, stat.st_size, stat.st_mtime_ns)
+
+
+@lru_cache(maxsize=256)
+def _hash_once(path: Path, size: int, changed: int) -> str:
+    return sha256_file(path)

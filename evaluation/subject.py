@@ -1,0 +1,99 @@
+"""What is measured: weights of an export made ready on a device, alone or as an ensemble."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from data_pipeline.dataset import ShardDataset
+from data_pipeline.errors import UserError
+from evaluation.ensemble import Ensemble, TimeRanges, check_fit
+from trainer.config import RunConfig, SamplingConfig
+from trainer.diffusion.gaussian import Denoiser, GaussianDiffusion
+from trainer.export import Export, Weights, open_export
+from trainer.sampling import Stage, conditioned
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A network to be measured, with the export that it comes from."""
+
+    export: Export
+    weights: Weights
+    network: nn.Module  # in evaluation mode, on the device
+    device: torch.device
+    sha256: str  # of the weights; of both networks' for an ensemble
+
+    def diffusion(self, respacing: str | None = None) -> GaussianDiffusion:
+        """The process it was trained for, or a shorter one. Raises UserError for steps that it has not."""
+        return GaussianDiffusion.create(self.export.config.diffusion, self.device, respacing)
+
+    def condition(self, labels: NDArray[np.int64]) -> Denoiser:
+        """The network for images of these classes [n]; an unconditional one asks for none."""
+        known = torch.from_numpy(labels).to(self.device) if self.export.config.model.num_classes else None
+        return conditioned(self.network, known)
+
+    def stage(self, sampling: SamplingConfig) -> Stage:
+        return Stage(self.network, self.export.config, sampling)
+
+    def check_data(self, dataset: ShardDataset) -> None:
+        """Raises UserError for images of another size or of other classes than the network's."""
+        check_data(self.export.config, dataset)
+
+
+def check_data(config: RunConfig, dataset: ShardDataset) -> None:
+    """Raises UserError for images of another size or of other classes than the network's."""
+    model, there = config.model, dataset.manifest
+    if model.low_res_size:
+        raise UserError(
+            "a super-resolution network has no likelihood or samples of its own; see what it makes of a base "
+            "network's images: `python -m evaluation.sample BASE UPSAMPLER --out samples.npz`."
+        )
+    if there.image_size != model.image_size:
+        raise UserError(
+            f"the network makes {model.image_size}x{model.image_size} images, those in {dataset.folder} are "
+            f"{there.image_size}x{there.image_size}; name a split of the network's size."
+        )
+    if model.num_classes not in (0, there.num_classes):
+        raise UserError(
+            f"the network knows {model.num_classes} classes, {dataset.folder} has {there.num_classes}; name a "
+            "split with the classes it was trained on."
+        )
+
+
+def open_subject(
+    export: Path | Export, *, weights: Weights = "ema", device: torch.device | str = "cpu",
+    ensemble: Ensemble | None = None,
+) -> Subject:  # fmt: skip
+    """Load an export's weights, and those of the ensemble's other network.
+
+    Raises UserError for a path that is no export, weights that it does not hold, networks that do not go together.
+    """
+    own = open_export(export) if isinstance(export, Path) else export
+    network = own.network(weights).to(device)
+    if ensemble is not None:
+        other = open_export(ensemble.export)
+        check_fit(own.config, other.config, ensemble.below)
+        diffusion = own.config.diffusion
+        scale = 1000.0 / diffusion.num_timesteps if diffusion.rescale_timesteps else 1.0
+        boundary = (ensemble.below - 0.5) * scale  # halfway between two steps: rounding decides nothing
+        network = TimeRanges(other.network(weights).to(device), network, boundary).eval()
+    return Subject(own, weights, network, torch.device(device), weights_identity(own, weights, ensemble))
+
+
+def weights_identity(export: Export, weights: Weights, ensemble: Ensemble | None = None) -> str:
+    """What names the network: its file's sha256; of an ensemble, a hash of both files' and of the boundary."""
+    export.check_holds(weights)
+    own = export.weights_sha256[weights]
+    if ensemble is None:
+        return own
+    other = open_export(ensemble.export)
+    other.check_holds(weights)
+    both = f"{own} {other.weights_sha256[weights]} {ensemble.below}"
+    return hashlib.sha256(both.encode()).hexdigest()

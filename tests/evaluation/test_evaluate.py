@@ -1,0 +1,357 @@
+"""`python -m evaluation.evaluate`: keys, records, pictures, processes that share the work, ensembles, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from random_stage import make_export, make_stage
+from ranks import run_ranks
+
+from data_pipeline.dataset import ShardDataset
+from data_pipeline.errors import UserError
+from evaluation.chunks import Shard
+from evaluation.ensemble import Ensemble, TimeRanges
+from evaluation.evaluate import evaluate, evaluate_to, main
+from evaluation.measure import over_repeats
+from evaluation.nll.settings import NllSettings
+from evaluation.quality import Measured
+from evaluation.request import EvalRequest
+from evaluation.results import artifacts_of, chunks_of, key_of, read_records, result_path, write_records
+from evaluation.subject import open_subject
+from evaluation.table import records_in
+from trainer.checkpoint import verify
+from trainer.config import SamplingConfig
+from trainer.export import Export, open_export
+from trainer.tracking.records import read_eval_records
+
+ROOT = Path(__file__).resolve().parents[2]
+FEW = NllSettings(num_calls=256)
+QUICK = SamplingConfig(respacing="3")
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run with an export, as training left it."""
+    folder = tmp_path_factory.mktemp("evaluated") / "run"
+    run_ranks(["trainer/run.py", "--config", str(tiny_config), f"run.folder={folder}"], 1)
+    return folder
+
+
+@pytest.fixture
+def export(trained: Path, tmp_path: Path) -> Path:
+    """The same, for one test alone."""
+    shutil.copytree(trained, tmp_path / "run")
+    return tmp_path / "run" / "exports" / "000000000048"
+
+
+# ---- what was measured, and its name ---------------------------------------------------------------------------------
+
+
+def test_a_trained_networks_importance_estimate_agrees_with_the_full_sweep(export: Path, generated_data: Path) -> None:
+    data = generated_data / "test"
+    exactly = NllSettings(mode="exact", num_images=16)
+    (exact,) = evaluate(export, EvalRequest(data=data, nll=exactly), progress=False)
+    (ours,) = evaluate(export, EvalRequest(data=data), progress=False)
+    assert exact.stderr is not None
+    assert ours.stderr is not None
+    assert abs(ours.value - exact.value) < 4 * (ours.stderr + exact.stderr)
+    again = evaluate(export, EvalRequest(data=data), progress=False)[0]
+    assert (again.value, again.stderr) == (ours.value, ours.stderr)
+    model = evaluate(export, EvalRequest(data=data, weights="model"), progress=False)[0]
+    assert model.weights != ours.weights
+    assert model.value != ours.value
+
+
+# What the value of a metric depends on, and what it does not, each changed from `EvalRequest`'s default.
+COMMON: dict[str, Any] = {"weights": "model", "seed": 1}
+BOUND: list[NllSettings] = [NllSettings(respacing="10"), NllSettings(clip_denoised=False), NllSettings(mode="uniform")]
+IMPORTANCE: list[NllSettings] = [NllSettings(num_calls=256), NllSettings(target_stderr=0.1)]
+EXACT: list[NllSettings] = [NllSettings(num_images=2)]
+QUALITY: dict[str, Any] = {
+    "num_samples": 16,
+    "repeats": 2,
+    "batch": 8,
+    "num_reference": 32,
+    "feature_net": "other",
+    "sampling": SamplingConfig(respacing="20"),
+}
+
+
+@pytest.mark.parametrize(
+    ("metrics", "heard", "unheard"),
+    [
+        (("nll",), IMPORTANCE, EXACT),
+        (("fd",), [], IMPORTANCE + EXACT + BOUND),
+        (("nll", "fd"), IMPORTANCE + BOUND, EXACT),
+    ],
+)
+def test_keys_hold_what_their_metrics_use_and_no_more(
+    generated_data: Path, metrics: tuple[str, ...], heard: list[NllSettings], unheard: list[NllSettings]
+) -> None:
+    def key(weights: str = "abc", **change: Any) -> str:
+        return EvalRequest(**({"data": generated_data / "test", "metrics": metrics} | change)).key(weights)
+
+    assert all(key(nll=settings) == key() for settings in unheard)
+    assert key(num_threads=2) == key()
+    changed = [key(nll=settings) for settings in heard] + [key(**{name: value}) for name, value in COMMON.items()]
+    changed += [key("abd"), key(data=generated_data / "train"), key(metrics=("kd",))]
+    for name, value in QUALITY.items():
+        if "fd" in metrics:
+            changed.append(key(**{name: value}))
+        else:
+            assert key(**{name: value}) == key(), name
+    assert len({key(), *changed}) == len(changed) + 1
+
+
+def test_an_exact_sweeps_key_does_not_hear_of_calls(generated_data: Path) -> None:
+    def key(**settings: Any) -> str:
+        return EvalRequest(data=generated_data / "test", nll=NllSettings(mode="exact", **settings)).key("abc")
+
+    assert key(num_calls=256) == key()
+    assert key(num_images=3) != key()
+
+
+def test_a_weights_file_counts_by_its_content(generated_data: Path, tmp_path: Path) -> None:
+    first, second, other = (tmp_path / name for name in ("a.pth", "b.pth", "c.pth"))
+    first.write_bytes(b"x")
+    second.write_bytes(b"x")
+    other.write_bytes(b"y")
+    keys = [
+        EvalRequest(data=generated_data / "test", metrics=("fd",), feature_weights=path).key("abc")
+        for path in (first, second, other)
+    ]
+    assert keys[0] == keys[1] != keys[2]
+
+
+def test_repeats_give_a_mean_and_its_error() -> None:
+    values = [Measured(value, None, {"floor": 3.0}) for value in (1.0, 2.0, 4.0)]
+    found = over_repeats(values)
+    assert found.value == pytest.approx(7 / 3)
+    assert found.stderr == pytest.approx(np.std([1, 2, 4], ddof=1) / np.sqrt(3))
+    assert found.details == {"floor": 3.0, "repeats": [1.0, 2.0, 4.0]}
+    assert over_repeats(values[:1]) == values[0]
+
+
+# ---- processes and interruptions -------------------------------------------------------------------------------------
+
+
+def request_of(data: Path) -> EvalRequest:
+    return EvalRequest(
+        data=data / "test", metrics=("nll", "fd", "kd"), nll=FEW, num_samples=20, repeats=2, batch=4, sampling=QUICK,
+        num_threads=1,
+    )  # fmt: skip
+
+
+def told(path: Path) -> list[dict[str, Any]]:
+    """Records without the time at which they were made."""
+    return [{k: v for k, v in record.to_json().items() if k != "time"} for record in read_records(path)]
+
+
+def test_records_and_pictures_are_beside_the_run(export: Path, generated_data: Path) -> None:
+    request, opened = request_of(generated_data), open_export(export)
+    result = result_path(opened, request)
+    assert evaluate_to(result, export, request, progress=False)
+    run = export.parent.parent
+    assert result.parent == run / "evals" / export.name
+    assert sorted(r.metric for r in read_eval_records(run)) == ["fd_efflite0", "kd_efflite0", "nll"]
+    names = {path.name for path in artifacts_of(result).iterdir()}
+    assert {"nll.npz", "nll_per_t.png", "samples_seed0.png", "samples_seed1.png"} <= names
+    assert not chunks_of(result, key_of(opened, request)).exists()
+    table = (run / "evals" / "metrics.txt").read_text()
+    assert "Fréchet distance (EfficientNet-Lite0)" in table
+    assert "±" in table
+    assert not evaluate_to(result, export, request, progress=False)  # it is there
+
+
+def test_two_processes_give_the_same_bits_as_one(export: Path, generated_data: Path, tmp_path: Path) -> None:
+    request = request_of(generated_data)
+    alone = tmp_path / "alone.json"
+    evaluate_to(alone, export, request, progress=False)
+    command = [
+        sys.executable, "-m", "evaluation.evaluate", str(export), "--data", str(generated_data / "test"),
+        "--metrics", "nll,fd,kd", "--num-calls", "256", "--num-samples", "20", "--repeats", "2", "--batch", "4",
+        "--respacing", "3", "--num-threads", "1", "--no-mlflow", "--out", str(tmp_path / "shared.json"), "--json",
+    ]  # fmt: skip
+    second = subprocess.Popen([*command, "--shard", "1/2"], cwd=ROOT, stdout=subprocess.PIPE, text=True)
+    first = subprocess.run([*command, "--shard", "0/2"], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert first.returncode == 0, first.stderr
+    assert second.communicate(timeout=60)[0] == ""
+    assert second.returncode == 0
+    assert told(tmp_path / "shared.json") == told(alone)
+    assert [record["value"] for record in json.loads(first.stdout)] == [record["value"] for record in told(alone)]
+
+
+def test_a_killed_evaluation_goes_on(export: Path, generated_data: Path, tmp_path: Path) -> None:
+    request = request_of(generated_data)
+    result, key = tmp_path / "killed.json", key_of(open_export(export), request)
+    evaluate_to(tmp_path / "straight.json", export, request, progress=False)
+    script = (
+        "import sys, pathlib; from evaluation.evaluate import evaluate_to; from test_evaluate import request_of\n"
+        "evaluate_to(*map(pathlib.Path, sys.argv[1:3]), request_of(pathlib.Path(sys.argv[3])))"
+    )
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}:{Path(__file__).parent}"}
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, str(result), str(export), str(generated_data)], env=environment
+    )
+    made = chunks_of(result, key)
+    deadline = time.monotonic() + 90
+    while len(list(made.glob("samples0/*.npz"))) < 2 and process.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    left = {path: path.stat().st_mtime_ns for path in made.glob("*/*.npz")}
+    assert left, "it was too quick to be killed"
+    evaluate_to(result, export, request, progress=False)
+    assert told(result) == told(tmp_path / "straight.json")
+
+
+def test_anothers_result_is_not_taken_for_ours(export: Path, generated_data: Path, tmp_path: Path) -> None:
+    result = tmp_path / "result.json"
+    write_records(result, "another", evaluate(export, EvalRequest(data=generated_data / "test", nll=FEW)), EvalRequest(
+        data=generated_data / "test"))  # fmt: skip
+    with pytest.raises(UserError, match="not the result of this evaluation"):
+        evaluate_to(result, export, EvalRequest(data=generated_data / "test", nll=FEW))
+    result.write_text("{}")
+    with pytest.raises(UserError, match="not the result of this evaluation"):
+        evaluate_to(result, export, EvalRequest(data=generated_data / "test", nll=FEW), shard=Shard(0, 1))
+
+
+# ---- ensembles -------------------------------------------------------------------------------------------------------
+
+
+def test_each_network_of_an_ensemble_answers_in_its_range(tiny_config: Path) -> None:
+    low, high = make_stage(tiny_config).network, make_stage(tiny_config, "model.dropout=0.1").network.eval()
+    for parameter in high.parameters():
+        parameter.data.mul_(1.1)
+    both = TimeRanges(low, high, boundary=30.0)
+    x = torch.randn(4, 3, 16, 16)
+    time = torch.tensor([10.0, 60.0, 29.9, 30.0])
+    with torch.no_grad():
+        found = both(x, time)
+        assert torch.equal(found[[0, 2]], low(x[[0, 2]], time[[0, 2]], None, None))
+        assert torch.equal(found[[1, 3]], high(x[[1, 3]], time[[1, 3]], None, None))
+
+
+def test_an_ensembles_bound_is_made_of_both(tiny_config: Path, generated_data: Path, tmp_path: Path) -> None:
+    ours, other = make_stage(tiny_config), make_stage(tiny_config)
+    for parameter in other.network.parameters():
+        parameter.data.mul_(0.9)
+    first, second = make_export(tmp_path / "first", ours), make_export(tmp_path / "second", other)
+    half = ours.config.diffusion.num_timesteps // 2
+    data = ShardDataset(generated_data / "test")
+
+    def terms(ensemble: Ensemble | None, export: Path) -> np.ndarray:
+        subject = open_subject(export, ensemble=ensemble)
+        process = subject.diffusion()
+        x0 = torch.from_numpy(data.read(np.arange(2))[0]).float() / 127.5 - 1
+        noise = torch.randn(x0.shape, generator=torch.Generator().manual_seed(0))
+        found = []
+        for step in (half - 1, half):
+            t = torch.full((2,), step)
+            x_t = process.q_sample(x0, t, noise)
+            output = subject.condition(np.zeros(2, dtype=np.int64))(x_t, process.network_time(t))
+            found.append(process.vb_terms(process.predict(output, x_t, t, clip=True), x0, x_t, t).numpy())
+        return np.stack(found)  # [2 timesteps, 2 images]
+
+    with torch.no_grad():
+        both, own, others = terms(Ensemble(second, half), first), terms(None, first), terms(None, second)
+    assert np.array_equal(both[0], others[0])  # t = half - 1 is below
+    assert np.array_equal(both[1], own[1])
+    assert not np.array_equal(own, others)
+
+    request = EvalRequest(data=generated_data / "test", nll=FEW, ensemble=Ensemble(second, half))
+    (record,) = evaluate(first, request, progress=False)
+    assert record.measured["ensemble_below"] == half
+    assert record.weights not in (open_export(first).weights_sha256["ema"], open_export(second).weights_sha256["ema"])
+    for wrong in (0, ours.config.diffusion.num_timesteps):
+        with pytest.raises(UserError, match="--ensemble-below"):
+            evaluate(first, EvalRequest(data=generated_data / "test", ensemble=Ensemble(second, wrong)))
+    linear = make_export(tmp_path / "linear", make_stage(tiny_config, "diffusion.schedule=linear"))
+    with pytest.raises(UserError, match=r"differ in diffusion\.schedule"):
+        evaluate(first, EvalRequest(data=generated_data / "test", ensemble=Ensemble(linear, half)))
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def test_an_export_is_verified_once(
+    export: Path, generated_data: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    verified: list[Path] = []
+
+    def counted(folder: Path) -> str | None:
+        verified.append(folder)
+        return verify(folder)
+
+    monkeypatch.setattr("trainer.export.verify", counted)
+    monkeypatch.setattr("subprocess.run", lambda *_, **__: subprocess.CompletedProcess([], 0))  # MLflow's mirror
+    monkeypatch.setattr(sys, "argv", ["x", str(export), "--data", str(generated_data / "test"), "--num-calls", "256"])
+    assert main() == 0
+    assert verified == [export]
+    assert "NLL (bits/dim)" in capsys.readouterr().out
+    assert [record.run for record in records_in(export.parent.parent)] == ["run"]
+
+
+def test_impossible_steps_are_refused_before_any_work(
+    export: Path, generated_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def loaded(*_: Any) -> None:
+        raise AssertionError("a network was loaded")
+
+    monkeypatch.setattr(Export, "network", loaded)
+    steps = SamplingConfig(respacing="ddim33")
+    request = EvalRequest(data=generated_data / "test", metrics=("nll", "fd"), num_samples=2, sampling=steps)
+    with pytest.raises(UserError, match="ddim33"):
+        evaluate(export, request, progress=False)
+    with pytest.raises(UserError, match="ddim33"):
+        evaluate(export, EvalRequest(data=generated_data / "test", nll=NllSettings(respacing="ddim33")))
+    guided = EvalRequest(data=generated_data / "test", metrics=("fd",), sampling=SamplingConfig(guidance=2.0))
+    with pytest.raises(UserError, match="null class"):
+        evaluate(export, guided)
+
+
+def test_an_upsampler_is_refused_with_advice_that_exists(
+    tiny_config: Path, generated_data: Path, tmp_path: Path
+) -> None:
+    upsampler = make_export(tmp_path / "upsampler", make_stage(tiny_config, "model.low_res_size=8"))
+    with pytest.raises(UserError, match=r"`python -m evaluation.sample BASE UPSAMPLER --out samples.npz`"):
+        evaluate(upsampler, EvalRequest(data=generated_data / "test"), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["--metrics", "fid9"], "unknown metric 'fid9'"),
+        (["--metrics", "fid"], "--feature-net inception"),
+        (["--metrics", "is"], "efflite0"),
+        (["--num-calls", "3"], "--num-calls 3"),
+        (["--target-stderr", "0"], "--target-stderr 0"),
+        (["--num-threads", "0"], "--num-threads 0"),
+        (["--num-reference", "0"], "--num-reference 0"),
+        (["--seed", str(2**64)], "--seed"),
+        (["--repeats", "0"], "--repeats 0"),
+        (["--data", "/nowhere"], "/nowhere"),
+        (["--metrics", "fd", "--reference", "/nowhere.npz"], "/nowhere.npz"),
+        (["--shard", "2/2"], "--shard 2/2"),
+    ],
+)
+def test_mistakes_are_one_message(
+    trained: Path, generated_data: Path, change: list[str], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export = trained / "exports" / "000000000048"
+    monkeypatch.setattr(sys, "argv", ["x", str(export), "--data", str(generated_data / "test"), *change])
+    with pytest.raises(UserError) as refused:
+        main()
+    assert said in str(refused.value)
