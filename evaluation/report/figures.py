@@ -23,7 +23,7 @@ from evaluation.scaling.points import Point
 
 INK, MUTED = "#1a1a1a", "#6b6b6b"
 POWER, CONSTANT = "#c0392b", "#d98200"  # neither is in the sizes' palette
-_STYLE: Any = {
+STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "axes.edgecolor": MUTED,
@@ -50,7 +50,7 @@ def draw_law(law: Law, *, title: str = "") -> Figure:
     fits better is drawn stronger, with its bootstrap band. Frontier points that a fit on the lower two thirds of
     compute had to predict stand in a square.
     """
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure = Figure(figsize=(7.6, 5.0), layout="constrained")
         FigureCanvasAgg(figure)
         axes = figure.add_subplot()
@@ -71,7 +71,7 @@ def draw_law(law: Law, *, title: str = "") -> Figure:
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure in the format that the file's suffix names (.png, .svg, .pdf), atomically."""
     buffer = io.BytesIO()
-    with rc_context(_STYLE):
+    with rc_context(STYLE):
         figure.savefig(buffer, format=path.suffix.lstrip(".") or "png", dpi=200)
     write_atomic(path, buffer.getvalue())
 

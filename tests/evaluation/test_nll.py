@@ -1,33 +1,28 @@
-"""The likelihood estimate: unbiased, with error bars that cover, and exact where it says so."""
+"""The likelihood estimate of a network: unbiased, exact where it says so, the same whoever makes it."""
 
 from __future__ import annotations
 
+import itertools
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from numpy.typing import NDArray
-from random_stage import make_export, make_stage
-from ranks import ROOT, run_ranks
-from scipy import stats
+from nll_process import gaussian_denoiser, make_process
 
+from data_pipeline.counter_rng import Stream, normal
 from data_pipeline.dataset import ShardDataset
 from data_pipeline.errors import UserError
-from evaluation.evaluate import EvalRequest, evaluate, main, result_path, write_records
-from evaluation.nll.estimate import estimate_nll
-from evaluation.nll.plan import cell_edges, exact_plan, importance_plan, pilot_plan, probabilities
-from trainer.checkpoint import verify
-from trainer.config import DiffusionConfig, SamplingConfig
-from trainer.diffusion.gaussian import Denoiser, GaussianDiffusion
-from trainer.export import Export, open_export
-from trainer.tracking.records import read_eval_records
+from evaluation.chunks import Chunks, Shard
+from evaluation.nll.estimate import NllEstimate, estimate_nll
+from evaluation.nll.plan import Plan
+from evaluation.nll.settings import NllSettings
+from evaluation.nll.summary import sampled_mean
+from trainer.diffusion.gaussian import GaussianDiffusion
 
-STEPS = 60
+STEPS = 24
 
 
 @pytest.fixture(scope="module")
@@ -37,249 +32,236 @@ def dataset(generated_data: Path) -> ShardDataset:
 
 @pytest.fixture(scope="module")
 def process() -> GaussianDiffusion:
-    return GaussianDiffusion.create(DiffusionConfig(num_timesteps=STEPS, variance="fixed_large", objective="simple"))
+    return make_process(STEPS)
 
 
-def gaussian_denoiser(process: GaussianDiffusion) -> Denoiser:
-    """Exact for data with standard deviation 0.5: a cheap network with a realistic profile of L_t."""
-
-    def denoise(x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
-        t = (time * STEPS / 1000).round().long()
-        alpha, sigma = process.signal_and_noise(t, x)
-        return sigma * x / (alpha**2 * 0.25 + sigma**2)
-
-    return denoise
+def estimate(process: GaussianDiffusion, dataset: ShardDataset, seed: int = 0, **settings: Any) -> NllEstimate:
+    return estimate_nll(gaussian_denoiser(process), process, dataset, NllSettings(**settings), seed=seed)
 
 
 @pytest.fixture(scope="module")
-def truth(dataset: ShardDataset, process: GaussianDiffusion) -> tuple[float, float]:
-    """All timesteps of all images, averaged over several noises: mean and its standard error."""
-    denoise = gaussian_denoiser(process)
-    values = [
-        estimate_nll(lambda _: denoise, process, dataset, mode="exact", num_images=len(dataset), seed=seed).bits_per_dim
-        for seed in range(10)
-    ]
-    return float(np.mean(values)), float(np.std(values, ddof=1) / np.sqrt(len(values)))
+def sweep(process: GaussianDiffusion, dataset: ShardDataset) -> NllEstimate:
+    """All timesteps of all images."""
+    return estimate(process, dataset, mode="exact")
 
 
-def test_importance_sampling_is_unbiased_and_its_error_bars_cover(
-    dataset: ShardDataset, process: GaussianDiffusion, truth: tuple[float, float]
+def noise_of(sweep: NllEstimate) -> float:
+    """Standard error of a sweep's bound: its noise, which is no more than what differs between images, t by t."""
+    bits = sweep.terms.bits.reshape(sweep.num_replicates, -1).astype(np.float64)
+    return float(np.sqrt(bits.var(axis=0, ddof=1).sum() / sweep.num_replicates))
+
+
+@pytest.mark.parametrize("mode", ["importance", "uniform"])
+def test_sampled_estimates_agree_with_the_full_sweep(
+    process: GaussianDiffusion, dataset: ShardDataset, sweep: NllEstimate, mode: str
 ) -> None:
-    denoise = gaussian_denoiser(process)
-    found = [estimate_nll(lambda _: denoise, process, dataset, num_calls=256, seed=seed + 100) for seed in range(150)]
-    values, errors = np.array([f.bits_per_dim for f in found]), np.array([f.stderr for f in found], dtype=float)
-    mean, error = truth
-    assert values.mean() == pytest.approx(mean, abs=4 * np.hypot(error, values.std() / np.sqrt(len(values))))
-    quantile = stats.t.ppf(0.975, found[0].num_replicates - 1)
-    covered = np.mean(np.abs(values - mean) < quantile * errors)
-    assert 0.90 <= covered <= 0.99
+    found = estimate(process, dataset, mode=mode, num_calls=2048)
+    assert found.stderr is not None
+    assert abs(found.bits_per_dim - sweep.bits_per_dim) < 4 * np.hypot(noise_of(sweep), found.stderr)
+    assert 0 < found.stderr < 0.05 * sweep.bits_per_dim
+    assert (found.num_pilot_calls == 0) == (mode == "uniform")
 
 
-def test_importance_sampling_beats_uniform_draws(dataset: ShardDataset, process: GaussianDiffusion) -> None:
-    """Spread of a replicate's sum with p from a pilot, against uniform p, over the exact terms of one sweep."""
-    sweep = np.array([3.0 / (t + 1) for t in range(1000)])  # a profile as steep as real ones
-    pilot = pilot_plan(1000, 5000, 1024, seed=0)
-    spreads = []
-    for p in (probabilities(pilot, sweep[pilot.t], 1000), np.full(1000, 1e-3)):
-        plan = importance_plan(p, 5000, 1024, seed=1)
-        noisy = sweep[plan.t] * np.exp(0.3 * np.random.default_rng(2).standard_normal(len(plan)))
-        spreads.append(np.bincount(plan.replicate, weights=plan.weight * noisy).std(ddof=1))
-    assert spreads[0] < spreads[1] / 3
+def test_a_respaced_chain_has_its_own_bound(dataset: ShardDataset, sweep: NllEstimate) -> None:
+    chain = make_process(STEPS, "8")
+    exact, found = (
+        estimate(chain, dataset, mode=mode, num_calls=1024, respacing="8") for mode in ("exact", "importance")
+    )
+    assert found.stderr is not None
+    assert abs(found.bits_per_dim - exact.bits_per_dim) < 4 * np.hypot(noise_of(exact), found.stderr)
+    assert exact.bits_per_dim > sweep.bits_per_dim + 4 * noise_of(sweep)
+    names = ("num_timesteps", "trained_timesteps", "respacing")
+    assert [found.measured[name] for name in names] == [8, STEPS, "8"]
+    assert [sweep.measured[name] for name in names] == [STEPS, STEPS, None]
 
 
-def test_parts_add_up(dataset: ShardDataset, process: GaussianDiffusion) -> None:
-    denoise = gaussian_denoiser(process)
-    found = estimate_nll(lambda _: denoise, process, dataset, num_calls=256)
-    assert found.bits_per_dim == pytest.approx(found.prior + found.middle + found.decoder, rel=1e-12)
-    assert min(found.prior, found.middle, found.decoder) > 0
+def test_parts_add_up_and_details_are_json(dataset: ShardDataset, process: GaussianDiffusion) -> None:
+    for found in (estimate(process, dataset, num_calls=256), estimate(process, dataset, mode="exact", num_images=3)):
+        assert found.bits_per_dim == pytest.approx(found.prior + found.middle + found.decoder, rel=1e-12)
+        assert min(found.prior, found.middle, found.decoder) > 0
+        assert found.stderr is not None
+        assert found.interval95 is not None
+        assert found.interval95[0] < found.bits_per_dim < found.interval95[1]
+        details = json.loads(json.dumps(found.details()))
+        assert details["decoder_stderr"] > 0
+        assert details["interval95"] == list(found.interval95)
+        assert "target_reached" not in details
 
 
-def test_plan_is_stratified_and_its_weights_integrate_to_the_sum() -> None:
-    rng = np.random.default_rng(0)
-    p = rng.random(100) + 0.05
-    p /= p.sum()
-    plan = importance_plan(p, num_images=1000, num_calls=4096, seed=3)
-    terms = (1.0 + np.cos(np.arange(100) / 7)) ** 2
-    weighted = plan.weight * terms[plan.t]
-    sums = np.bincount(plan.replicate, weights=weighted)
-    assert sums.mean() == pytest.approx(terms.sum(), rel=0.01)
-    counts = np.bincount(plan.t, minlength=100) / len(plan)
-    assert np.abs(counts - p).max() < 0.01
-    # Each replicate looks at t = 0 equally often: a stratum of its own.
-    first = [int((plan.t[plan.replicate == r] == 0).sum()) for r in range(plan.num_replicates)]
-    assert len(set(first)) == 1
+def test_the_terms_are_those_of_the_process(dataset: ShardDataset, process: GaussianDiffusion) -> None:
+    found = estimate(process, dataset, mode="exact", num_images=2)
+    noises = normal(0, Stream.NLL_NOISE, 0, len(found.plan), (3, 16, 16))
+    for call in (0, 5, STEPS, 2 * STEPS - 1):
+        images, labels = dataset.read(found.plan.image[call : call + 1])
+        x0, noise = torch.from_numpy(images).float() / 127.5 - 1, torch.from_numpy(noises[call : call + 1])
+        t = torch.from_numpy(found.plan.t[call : call + 1])
+        x_t = process.q_sample(x0, t, noise)
+        output = gaussian_denoiser(process)(labels)(x_t, process.network_time(t))
+        prediction = process.predict(output, x_t, t, clip=True)
+        expected = {
+            "bits": process.vb_terms(prediction, x0, x_t, t),
+            "prior": process.prior_bits(x0),
+            "mse": ((prediction.eps - noise) ** 2).mean(),
+            "xstart_mse": ((prediction.x0 - x0) ** 2).mean(),
+        }
+        for name, value in expected.items():
+            assert getattr(found.terms, name)[call] == pytest.approx(float(value), rel=1e-5), name
 
 
-def test_pilot_uses_other_images_and_noise_than_the_estimate() -> None:
-    pilot = pilot_plan(100, 10_000, 1024, seed=0)
-    plan = importance_plan(np.full(100, 0.01), 10_000, 1024, seed=0)
-    assert not set(pilot.image) & set(plan.image)
-    assert pilot.noise_start >= len(plan)
-    found = probabilities(pilot, np.exp(-pilot.t / 20), 100)
-    assert found.sum() == pytest.approx(1.0)
-    assert found.min() >= 0.1 / 100
-    assert found[0] > 5 * found[80]
+def test_clipping_is_a_different_bound(dataset: ShardDataset, process: GaussianDiffusion) -> None:
+    clipped, bare = (estimate(process, dataset, num_calls=256, clip_denoised=clip) for clip in (True, False))
+    assert clipped.bits_per_dim != bare.bits_per_dim
+    assert (clipped.measured["clip_denoised"], bare.measured["clip_denoised"]) == (True, False)
 
 
-@pytest.mark.parametrize("steps", [2, 3, 10, 100, 4000])
-def test_cells_cover_all_timesteps_and_are_fine_at_both_ends(steps: int) -> None:
-    edges = cell_edges(steps)
-    assert (edges[0], edges[-1]) == (0, steps)
-    assert (np.diff(edges) > 0).all()
-    assert edges[1] == 1
-    assert steps < 4 or edges[-2] == steps - 1
-
-
-def test_exact_plan_sweeps_everything_once() -> None:
-    plan = exact_plan(10, 50, 3, seed=0)
-    pairs: NDArray[np.int64] = np.stack([plan.image, plan.t])
-    assert len(np.unique(pairs, axis=1).T) == 30
-
-
-def test_too_few_calls_are_refused(dataset: ShardDataset, process: GaussianDiffusion) -> None:
-    with pytest.raises(UserError, match="num-calls 10"):
-        estimate_nll(lambda _: gaussian_denoiser(process), process, dataset, num_calls=10)
-
-
-@pytest.fixture(scope="module")
-def export(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("evaluated") / "run"
-    run_ranks(["trainer/run.py", "--config", str(tiny_config), f"run.folder={folder}"], 1)
-    return folder / "exports" / "000000000048"
-
-
-def test_a_trained_networks_importance_estimate_agrees_with_the_full_sweep(export: Path, generated_data: Path) -> None:
-    data = generated_data / "test"
-    (exact,) = evaluate(export, EvalRequest(data=data, nll_mode="exact", num_images=16), progress=False)
-    (ours,) = evaluate(export, EvalRequest(data=data, num_calls=2048), progress=False)
-    assert exact.stderr is not None
-    assert ours.stderr is not None
-    assert abs(ours.value - exact.value) < 4 * (ours.stderr + exact.stderr)
-    again = evaluate(export, EvalRequest(data=data, num_calls=2048), progress=False)[0]
-    assert (again.value, again.stderr) == (ours.value, ours.stderr)
-    model = evaluate(export, EvalRequest(data=data, num_calls=2048, weights="model"), progress=False)[0]
-    assert model.weights != ours.weights
-    assert model.value != ours.value
-
-
-def test_keys_name_what_was_measured(export: Path, generated_data: Path) -> None:
-    opened, test = open_export(export), generated_data / "test"
-    request = EvalRequest(data=test, num_calls=256)
-    path = result_path(opened, request)
-    assert path == result_path(opened, EvalRequest(data=test, num_calls=256, num_threads=2))
-    assert path != result_path(opened, EvalRequest(data=generated_data / "train", num_calls=256))
-    records = evaluate(opened, request, progress=False)
-    write_records(path, records, request)
-    assert read_eval_records(export.parent.parent) == records
-
-
-# What the value of a metric depends on, and what it does not, each changed from `EvalRequest`'s default.
-COMMON: dict[str, Any] = {"weights": "model", "seed": 1}
-IMPORTANCE: dict[str, Any] = {"num_calls": 256}
-EXACT: dict[str, Any] = {"num_images": 2}
-DISTANCE: dict[str, Any] = {
-    "num_samples": 16,
-    "num_reference": 32,
-    "feature_net": "other",
-    "sampling": SamplingConfig(respacing="20"),
-}
+def test_rounds_go_on_until_the_standard_error_is_reached(dataset: ShardDataset, process: GaussianDiffusion) -> None:
+    first = estimate(process, dataset, num_calls=1024)
+    assert first.stderr is not None
+    target = first.stderr / 1.3
+    found = estimate(process, dataset, num_calls=50_000, target_stderr=target)
+    assert found.stderr is not None
+    assert found.stderr <= target
+    assert found.num_rounds > 1
+    # So many calls as the first round foretells, give or take what a standard error from 16 replicates is unsure.
+    assert 1024 < len(found.plan) < 8 * 1024
+    assert found.num_replicates == 16
+    assert found.details()["target_reached"]
+    easy = estimate(process, dataset, num_calls=50_000, target_stderr=1.0)
+    assert (easy.num_rounds, len(easy.plan)) == (1, 1024)
+    missed = estimate(process, dataset, num_calls=1500, target_stderr=1e-5)
+    assert missed.num_rounds == 2
+    assert 1480 < len(missed.plan) <= 1500
+    assert not missed.details()["target_reached"]
 
 
 @pytest.mark.parametrize(
-    ("asked", "heard", "unheard"),
+    ("settings", "said"),
     [
-        ({"metrics": ("nll",)}, IMPORTANCE | {"nll_mode": "exact"}, EXACT | DISTANCE),
-        ({"metrics": ("nll",), "nll_mode": "exact"}, EXACT, IMPORTANCE | DISTANCE),
-        ({"metrics": ("fd",)}, DISTANCE, IMPORTANCE | EXACT | {"nll_mode": "exact"}),
-        ({"metrics": ("nll", "fd")}, IMPORTANCE | DISTANCE | {"nll_mode": "exact"}, EXACT),
+        ({"num_calls": 10}, "--num-calls 10 "),
+        ({"target_stderr": 0.0}, "--target-stderr 0"),
+        ({"target_stderr": float("nan")}, "--target-stderr nan"),
+        ({"target_stderr": 0.1, "mode": "exact"}, "--target-stderr"),
+        ({"num_images": 0, "mode": "exact"}, "--num-images 0"),
+        ({"num_images": 65, "mode": "exact"}, "--num-images 65: the split has 64 images"),
+        ({"mode": "best"}, "--mode best"),
     ],
 )
-def test_keys_hold_what_their_metrics_use_and_no_more(
-    generated_data: Path, asked: dict[str, Any], heard: dict[str, Any], unheard: dict[str, Any]
+def test_settings_that_give_no_estimate_are_refused(
+    dataset: ShardDataset, process: GaussianDiffusion, settings: dict[str, Any], said: str
 ) -> None:
-    def key(weights: str = "abc", **change: Any) -> str:
-        return EvalRequest(**({"data": generated_data / "test"} | asked | change)).key(weights)
-
-    for name, value in unheard.items():
-        assert key(**{name: value}) == key(), name
-    changed = [key(**{name: value}) for name, value in (COMMON | heard).items()]
-    changed += [
-        key("abd"),
-        key(data=generated_data / "train"),
-        key(metrics=("fd",) if len(asked["metrics"]) > 1 else ("nll", "fd")),
-    ]
-    assert len({key(), *changed}) == len(changed) + 1
+    with pytest.raises(UserError, match=said):
+        estimate(process, dataset, **settings)
 
 
-def test_an_export_is_verified_once(
-    export: Path, generated_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    verified: list[Path] = []
+def test_a_bound_that_is_not_finite_is_refused(dataset: ShardDataset, process: GaussianDiffusion) -> None:
+    def diverged(x: torch.Tensor, time: torch.Tensor) -> torch.Tensor:
+        return torch.full_like(x, torch.nan)
 
-    def counted(folder: Path) -> str | None:
-        verified.append(folder)
-        return verify(folder)
-
-    monkeypatch.setattr("trainer.export.verify", counted)
-    monkeypatch.setattr("subprocess.run", lambda *_, **__: subprocess.CompletedProcess([], 0))  # MLflow's mirror
-    monkeypatch.setattr(sys, "argv", ["x", str(export), "--data", str(generated_data / "test"), "--num-calls", "256"])
-    assert main() == 0
-    assert verified == [export]
+    with pytest.raises(UserError, match="not finite at t="):
+        estimate_nll(lambda _: diverged, process, dataset, NllSettings())
 
 
-def test_impossible_steps_are_refused_before_any_work(
-    export: Path, generated_data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def loaded(*_: Any) -> None:
-        raise AssertionError("a network was loaded")
-
-    monkeypatch.setattr(Export, "network", loaded)
-    steps = SamplingConfig(respacing="ddim33")
-    request = EvalRequest(data=generated_data / "test", metrics=("nll", "fd"), num_samples=2, sampling=steps)
-    with pytest.raises(UserError, match="ddim33"):
-        evaluate(export, request, progress=False)
+TARGET = NllSettings(num_calls=1160, target_stderr=1e-5)  # a pilot and two rounds
 
 
-def test_an_upsampler_is_refused_with_advice_that_exists(
-    tiny_config: Path, generated_data: Path, tmp_path: Path
-) -> None:
-    upsampler = make_export(tmp_path / "upsampler", make_stage(tiny_config, "model.low_res_size=8"))
-    with pytest.raises(UserError, match=r"`python -m evaluation.sample BASE UPSAMPLER --out samples.npz`"):
-        evaluate(upsampler, EvalRequest(data=generated_data / "test"), progress=False)
+def in_folder(
+    process: GaussianDiffusion, dataset: ShardDataset, chunks: Chunks, settings: NllSettings = TARGET, fail_at: int = -1
+) -> NllEstimate:
+    """An estimate that is interrupted at network call number `fail_at`."""
+    calls, condition = itertools.count(), gaussian_denoiser(process)
+
+    def interrupted(labels: Any) -> Any:
+        if next(calls) == fail_at:
+            raise KeyboardInterrupt
+        return condition(labels)
+
+    return estimate_nll(interrupted, process, dataset, settings, chunks=chunks)
 
 
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "evaluation.evaluate", *arguments], cwd=ROOT, text=True, capture_output=True, timeout=120
+def same(one: NllEstimate, other: NllEstimate) -> bool:
+    return (one.total, one.parts) == (other.total, other.parts) and all(
+        np.array_equal(getattr(one.terms, name), getattr(other.terms, name)) for name in ("bits", "mse", "xstart_mse")
     )
 
 
-def test_the_command_prints_records_of_both_metrics(export: Path, generated_data: Path, tmp_path: Path) -> None:
-    done = command(
-        str(export), "--data", str(generated_data / "test"), "--metrics", "nll,fd", "--num-calls", "256",
-        "--num-samples", "16", "--respacing", "3", "--out", str(tmp_path / "records.json"),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    nll, distance = json.loads(done.stdout)
-    assert (nll["metric"], distance["metric"]) == ("nll", "fd_efflite0")
-    assert nll["stderr"] > 0
-    assert distance["n"] == 16
-    assert distance["details"]["floor"] > 0
-    assert json.loads((tmp_path / "records.json").read_text())["records"] == [nll, distance]
-
-
+@pytest.mark.parametrize("order", [(0, 1), (1, 0)])
 @pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        (["--metrics", "fid9"], "unknown metric fid9"),
-        (["--num-calls", "3"], "--num-calls 3"),
-        (["--num-threads", "0"], "--num-threads 0"),
-        (["--num-reference", "0"], "--num-reference 0"),
-        (["--data", "/nowhere"], "/nowhere"),
-    ],
+    "settings", [NllSettings(num_calls=200), NllSettings(mode="exact", num_images=5)], ids=["sampled", "exact"]
 )
-def test_mistakes_are_one_message(export: Path, generated_data: Path, change: list[str], said: str) -> None:
-    done = command(str(export), "--data", str(generated_data / "test"), *change)
-    assert done.returncode == 2
-    assert said in done.stderr
-    assert "Traceback" not in done.stderr
+def test_shards_in_any_order_give_the_same_bits_as_one_process(
+    process: GaussianDiffusion, dataset: ShardDataset, tmp_path: Path, order: tuple[int, int], settings: NllSettings
+) -> None:
+    alone = in_folder(process, dataset, Chunks(), settings)
+    for index in order:
+        found = in_folder(process, dataset, Chunks(tmp_path, shard=Shard(index, 2), patience=0.01), settings)
+        assert same(found, alone)
+
+
+def test_an_interrupted_estimate_goes_on(process: GaussianDiffusion, dataset: ShardDataset, tmp_path: Path) -> None:
+    alone = in_folder(process, dataset, Chunks())
+    batches = -(-alone.num_calls // 64)
+    for fail_at in (0, batches // 2, batches - 1):
+        folder = tmp_path / str(fail_at)
+        with pytest.raises(KeyboardInterrupt):
+            in_folder(process, dataset, Chunks(folder), fail_at=fail_at)
+        assert len(list(folder.rglob("*.npz"))) == fail_at
+        assert same(in_folder(process, dataset, Chunks(folder)), alone)
+
+
+def test_everything_can_be_recomputed_from_what_is_kept(
+    dataset: ShardDataset, process: GaussianDiffusion, tmp_path: Path
+) -> None:
+    found = estimate(process, dataset, num_calls=1500, target_stderr=1e-5)
+    found.write_artifacts(tmp_path)
+    kept = dict(np.load(tmp_path / "nll.npz"))
+    values = kept["weight"] * kept["bits"] + kept["prior"]
+    assert values.mean() == pytest.approx(found.bits_per_dim, rel=1e-12)
+    names = ("image", "t", "weight", "replicate", "round", "noise_start", "num_replicates")
+    plan = Plan(*(kept[name].astype(np.float64 if name == "weight" else np.int64)[()] for name in names))
+    assert sampled_mean(values, plan, len(dataset)) == found.total
+    assert {int(kept["seed"]), int(kept["num_timesteps"])} == {0, STEPS}
+    assert set(kept["round"]) == {0, 1}
+    for name in ("nll_per_t.png", "rate_distortion.png"):
+        assert (tmp_path / name).stat().st_size > 10_000
+    assert not (tmp_path / "vb_terms.npz").exists()  # an exact sweep's alone
+
+
+def test_the_profile_adds_up_to_the_bound(
+    dataset: ShardDataset, process: GaussianDiffusion, sweep: NllEstimate, tmp_path: Path
+) -> None:
+    exact, sampled = sweep, estimate(process, dataset, num_calls=2048)
+    for found, folder in ((exact, tmp_path / "exact"), (sampled, tmp_path / "sampled")):
+        found.write_artifacts(folder)
+    every, cells = (dict(np.load(tmp_path / name / "nll_per_t.npz")) for name in ("exact", "sampled"))
+    for profile, found in ((every, exact), (cells, sampled)):
+        width = np.diff(profile["edges"])
+        assert (profile["bits"] * width).sum() + profile["prior"] == pytest.approx(found.bits_per_dim, rel=1e-9)
+        assert (np.diff(profile["rate"]) < 0).all()
+        assert profile["distortion"] == pytest.approx(127.5 * np.sqrt(profile["xstart_mse"]))
+    # All but the last step's bits are there when x_0's predecessor is known; none but the prior's at the beginning.
+    assert every["rate"][0] == pytest.approx(exact.prior + exact.middle)
+    assert every["rate"][-1] == pytest.approx(exact.prior)
+    edges = cells["edges"]
+    swept = np.add.reduceat(every["bits"], edges[:-1]) / np.diff(edges)
+    bound = 4 * np.hypot(cells["bits_stderr"], np.add.reduceat(every["bits_stderr"], edges[:-1]) / np.diff(edges))
+    assert (np.abs(cells["bits"] - swept) < bound).all()
+    swept_mse = np.add.reduceat(every["mse"], edges[:-1]) / np.diff(edges)
+    for cell, (start, stop) in enumerate(itertools.pairwise(edges)):
+        there = (start <= sampled.plan.t) & (sampled.plan.t < stop)
+        mse, weight = sampled.terms.mse[there], sampled.plan.weight[there]
+        stderr = mse.std() * np.sqrt(np.square(weight).sum()) / weight.sum()
+        assert abs(cells["mse"][cell] - swept_mse[cell]) < 4 * stderr
+
+
+def test_an_exact_sweep_writes_prior_arts_files(
+    dataset: ShardDataset, process: GaussianDiffusion, tmp_path: Path
+) -> None:
+    found = estimate(process, dataset, mode="exact", num_images=5)
+    found.write_artifacts(tmp_path)
+    for name, terms in (("vb", "bits"), ("mse", "mse"), ("xstart_mse", "xstart_mse")):
+        with np.load(tmp_path / f"{name}_terms.npz") as file:
+            assert file.files == ["arr_0"]
+            stored = file["arr_0"]
+        assert (stored.shape, stored.dtype) == ((STEPS,), np.float32)
+        by_t = getattr(found.terms, terms).reshape(5, STEPS).mean(axis=0)
+        assert stored == pytest.approx(by_t[::-1], rel=1e-5)  # the first is the last timestep's

@@ -1,0 +1,110 @@
+"""The terms of the bound that a plan asks for, from a network, in chunks.
+
+Images enter as exact grey levels k / 127.5 - 1: no flips, no resizing. The network predicts in its own precision,
+all terms are computed in float32 from its float32 output and summed in float64.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from data_pipeline.counter_rng import Stream, normal
+from data_pipeline.dataset import ShardDataset
+from data_pipeline.errors import UserError
+from evaluation.chunks import Advance, Arrays, Chunks, concatenated, cut
+from evaluation.nll.plan import Plan
+from trainer.diffusion.gaussian import Denoiser, GaussianDiffusion
+
+# Labels [n] of the dataset's samples -> the denoiser that knows them (unconditional nets ignore them).
+Conditioner = Callable[[NDArray[np.int64]], Denoiser]
+BATCH = 64  # images a network pass: fixed, since a network's rounding depends on it
+
+
+@dataclass(frozen=True)
+class Terms:
+    """What each call of a plan saw, [num_calls] each, float32 as computed."""
+
+    bits: NDArray[np.float32]  # L_t in bits/dim
+    prior: NDArray[np.float32]  # L_T of its image in bits/dim; no network changes it
+    mse: NDArray[np.float32]  # mean of (predicted eps - eps)^2
+    xstart_mse: NDArray[np.float32]  # mean of (predicted x_0 - x_0)^2, images in [-1, 1]
+
+
+def joined(rounds: Sequence[Terms]) -> Terms:
+    """The terms of an estimate's rounds, one after the other."""
+    return Terms(*(np.concatenate([getattr(t, name) for t in rounds]) for name in Terms.__dataclass_fields__))
+
+
+@dataclass(frozen=True)
+class NetworkTerms:
+    """Computes the terms of plans."""
+
+    condition: Conditioner
+    diffusion: GaussianDiffusion
+    dataset: ShardDataset
+    seed: int
+    device: torch.device | str
+    clip_denoised: bool
+    chunks: Chunks
+    title: str
+
+    def __call__(self, plan: Plan, kind: str, chunk: int = BATCH) -> Terms:
+        """The terms of all calls; `kind` names their chunks, of `chunk` calls each.
+
+        Raises UserError for a term that is not finite.
+        """
+        parts = cut(len(plan), chunk)
+
+        def make(number: int, advance: Advance) -> Arrays:
+            return concatenated(self._batch(plan, batch, advance) for batch in _batches(parts[number]))
+
+        made = self.chunks.results(
+            kind, len(parts), make, work=lambda number: parts[number].stop - parts[number].start, unit="call",
+            title=self.title and f"{self.title} ({kind})",
+        )  # fmt: skip
+        return Terms(**concatenated(made))
+
+    @torch.inference_mode()
+    def _batch(self, plan: Plan, calls: slice, advance: Advance) -> Arrays:
+        samples, which = np.unique(plan.image[calls], return_inverse=True)
+        images, labels = self.dataset.read(samples)
+        x0s = torch.from_numpy(images).to(self.device).float() / 127.5 - 1
+        rows = torch.from_numpy(which).to(self.device)
+        prior, x0 = self.diffusion.prior_bits(x0s)[rows], x0s[rows]
+        noise = torch.from_numpy(
+            normal(self.seed, Stream.NLL_NOISE, plan.noise_start + calls.start, len(x0), x0.shape[1:])
+        ).to(self.device)
+        t = torch.from_numpy(plan.t[calls]).to(self.device)
+        x_t = self.diffusion.q_sample(x0, t, noise)
+        output = self.condition(labels[which])(x_t, self.diffusion.network_time(t)).float()
+        prediction = self.diffusion.predict(output, x_t, t, clip=self.clip_denoised)
+        terms = {
+            "bits": self.diffusion.vb_terms(prediction, x0, x_t, t),
+            "prior": prior,
+            "mse": (prediction.eps - noise).square().flatten(1).mean(dim=1),
+            "xstart_mse": (prediction.x0 - x0).square().flatten(1).mean(dim=1),
+        }
+        arrays = {name: _float32(values) for name, values in terms.items()}
+        finite = np.isfinite(arrays["bits"])
+        if not finite.all():
+            raise UserError(
+                f"the bound of this network is not finite at t={plan.t[calls][~finite][0]}: its training has diverged, "
+                "or has hardly begun. Evaluate another export."
+            )
+        advance(len(x0))
+        return arrays
+
+
+def _batches(chunk: slice) -> list[slice]:
+    return [slice(chunk.start + b.start, chunk.start + b.stop) for b in cut(chunk.stop - chunk.start, BATCH)]
+
+
+def _float32(values: Tensor) -> NDArray[np.float32]:
+    array: NDArray[np.float32] = values.cpu().numpy()
+    return array
