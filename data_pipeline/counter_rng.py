@@ -33,6 +33,7 @@ class Stream(IntEnum):
     GENERATED = 9
     CLASS_DROPOUT = 10
     STRATUM = 11
+    KERNEL_SUBSET = 12
 
 
 def generator(seed: int, stream: Stream, block: int, *, part: int = 0) -> np.random.Generator:

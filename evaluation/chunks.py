@@ -76,6 +76,7 @@ class Chunks:
     ) -> None:  # fmt: skip
         self._folder, self._result, self._patience = folder, result, patience
         self.shard = shard or Shard()
+        self._absent: set[int] = set()  # processes that brought nothing for so long
         assert folder is not None or self.shard.count == 1, "processes meet in a folder"
 
     def results(
@@ -138,18 +139,19 @@ class Chunks:
             return None
 
     def _awaited(self, folder: Path, number: int, make: Make) -> Arrays:
+        owner = number % self.shard.count
         there, since = _num_there(folder), time.monotonic()
         while (arrays := self._found(folder, number)) is None:
             if self._finished():
                 raise FinishedElsewhere
-            time.sleep(_LOOK_SECONDS)
-            now_there = _num_there(folder)
-            if now_there > there:
-                there, since = now_there, time.monotonic()
-            if time.monotonic() - since > self._patience:
-                owner = number % self.shard.count
-                say(f"part {owner} of {self.shard.count} has brought nothing for {self._patience:g} s: made here.")
+            if owner in self._absent or time.monotonic() - since > self._patience:
+                if owner not in self._absent:
+                    say(f"part {owner} of {self.shard.count} has brought nothing for {self._patience:g} s: made here.")
+                self._absent.add(owner)
                 return self._make(folder, number, make, lambda units: None)
+            time.sleep(_LOOK_SECONDS)
+            if (now_there := _num_there(folder)) > there:
+                there, since = now_there, time.monotonic()
         return arrays
 
     def _finished(self) -> bool:

@@ -91,7 +91,9 @@ class Evaluation:
         request = self.request
         if request.reference is not None:
             with_rows = any(kind in NEED_ROWS for kind in request.kinds)
-            return published_features(request.reference, net, with_rows=with_rows, title=self._title("reference"))
+            return published_features(
+                request.reference, net, with_rows=with_rows, cache=self._cache, title=self._title("reference")
+            )
         return reference_features(
             self.dataset, net, num=request.num_reference, cache=self._cache, chunks=self.chunks,
             title=self._title(f"features of {self.dataset.manifest.split} images"),

