@@ -23,7 +23,7 @@ from evaluation.features import FeatureNet, get_feature_net
 from evaluation.features.feature_set import FeatureSet
 from evaluation.features.reference import image_features, published_features
 from evaluation.image_sets import ImageSet, holds_images, holds_statistics, open_images
-from evaluation.quality import INCEPTION, NEED_ROWS, Measured, check_gives, check_kinds, quality, record_name
+from evaluation.quality import INCEPTION, Measured, check_gives, check_kinds, need_rows, quality, record_name
 from evaluation.statistics import UNKNOWN, FeatureIdentity, FeatureStats, read_stats, says_its_net, write_stats
 
 DEFAULT_NET = "efflite0"
@@ -72,7 +72,7 @@ def main() -> int:
     _check_num(a.num, inputs)
     _check_save(a.save)
     device = _device(a.device)
-    with_rows = not set(kinds).isdisjoint(NEED_ROWS)
+    with_rows = need_rows(kinds)
     net = None
     if with_rows or any(one.images is not None for one in inputs):
         net = get_feature_net(net_name, device=str(device), weights=a.feature_weights)

@@ -16,7 +16,7 @@ from evaluation.features import FeatureNet, get_feature_net
 from evaluation.features.feature_set import FeatureSet, feature_arrays, gather
 from evaluation.features.reference import published_features, real_floor, reference_features
 from evaluation.nll.estimate import estimate_nll
-from evaluation.quality import NEED_ROWS, Measured, quality, record_name
+from evaluation.quality import Measured, need_rows, quality, record_name
 from evaluation.request import EvalRequest
 from evaluation.subject import Subject
 from trainer.grid import save_grid
@@ -89,13 +89,13 @@ class Evaluation:
     def _reference(self, net: FeatureNet) -> FeatureSet:
         """What samples are compared with: published statistics, or images of the split."""
         request = self.request
+        rows = need_rows(request.kinds)
         if request.reference is not None:
-            with_rows = any(kind in NEED_ROWS for kind in request.kinds)
             return published_features(
-                request.reference, net, with_rows=with_rows, cache=self._cache, title=self._title("reference")
+                request.reference, net, with_rows=rows, cache=self._cache, title=self._title("reference")
             )
         return reference_features(
-            self.dataset, net, num=request.num_reference, cache=self._cache, chunks=self.chunks,
+            self.dataset, net, num=request.num_reference, with_rows=rows, cache=self._cache, chunks=self.chunks,
             title=self._title(f"features of {self.dataset.manifest.split} images"),
         )  # fmt: skip
 
@@ -131,7 +131,10 @@ class Evaluation:
             work=lambda number: (parts[number].stop - parts[number].start) * stage.num_calls,
             final=seed == request.seed + request.repeats - 1,
         )  # fmt: skip
-        return gather(net, self._drawn(results, seed), data=self.subject.sha256, num=request.num_samples)
+        return gather(
+            net, self._drawn(results, seed), data=self.subject.sha256, num=request.num_samples,
+            with_rows=need_rows(request.kinds),
+        )  # fmt: skip
 
     def _drawn(self, parts: Iterator[Arrays], seed: int) -> Iterator[Arrays]:
         """The chunks as they are; what images they carry become a grid."""

@@ -67,6 +67,11 @@ def check_kinds(kinds: Sequence[str], net: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(found))
 
 
+def need_rows(kinds: Sequence[str]) -> bool:
+    """Whether one of these needs the features of single images."""
+    return any(kind in NEED_ROWS for kind in kinds)
+
+
 def check_gives(stats: FeatureStats, kinds: Sequence[str], *, has_rows: bool, whose: str, is_reference: bool) -> None:
     """Refuse metrics that a set of features cannot give, before anything is computed.
 

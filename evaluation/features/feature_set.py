@@ -58,12 +58,13 @@ def feature_arrays(features: Features) -> Arrays:
 
 
 def gather(
-    net: FeatureNet, parts: Iterator[Arrays], *, data: str, num: int, folder: Path | None = None
+    net: FeatureNet, parts: Iterator[Arrays], *, data: str, num: int, folder: Path | None = None, with_rows: bool = True
 ) -> FeatureSet:  # fmt: skip
     """Add up the features of `num` images, which come in order, in parts of any sizes.
 
     Args:
         data: fingerprint of the images.
+        with_rows: whether the features of single images are kept: of ImageNet's in Inception's they take 10 GB.
         folder: where rows and statistics are kept (for `read_feature_set`); None for a temporary file, which is gone
             when the result is.
 
@@ -75,13 +76,14 @@ def gather(
     pool = Moments(net.dim)
     spatial = Moments(net.spatial_dim) if net.spatial_dim else None
     score = InceptionScore(num, net.num_classes) if net.num_classes else None
-    with _rows_file(folder) as file:
+    with _rows_file(folder if with_rows else None) as file:
         start = _write_header(file, (num, net.dim))
         for block in in_blocks(parts):
             pool.add(block["pool"])
             if pool.num > num:
                 break
-            file.write(np.ascontiguousarray(block["pool"], dtype=np.float32).data)
+            if with_rows:
+                file.write(np.ascontiguousarray(block["pool"], dtype=np.float32).data)
             if spatial is not None:
                 spatial.add(block["spatial"])
             if score is not None:
@@ -89,7 +91,7 @@ def gather(
         if pool.num != num:
             raise DataError(f"features of {num} images were announced, {pool.num} or more came.")
         file.flush()
-        rows: Rows = np.memmap(file, np.float32, "r", start, (num, net.dim))
+        rows: Rows | None = np.memmap(file, np.float32, "r", start, (num, net.dim)) if with_rows else None
     stats = FeatureStats(
         identity_of(net), data, num, pool.gaussian(),
         None if spatial is None else spatial.gaussian(), None if score is None else score.scores(),
@@ -99,10 +101,14 @@ def gather(
     return FeatureSet(stats, rows)
 
 
-def read_feature_set(folder: Path, identity: FeatureIdentity, *, data: str, num: int) -> FeatureSet | None:
-    """What `gather` left in a folder; None where that is nothing, damaged, or not of these images and this net."""
+def read_feature_set(
+    folder: Path, identity: FeatureIdentity, *, data: str, num: int, with_rows: bool = True
+) -> FeatureSet | None:
+    """What `gather` left in a folder; None where that is not all, damaged, or not of these images and this net."""
     try:
         stats = read_stats(folder / STATS_FILE, identity=identity, data=data)
+        if not with_rows:
+            return FeatureSet(stats, None) if stats.num == num else None
         rows = np.load(folder / ROWS_FILE, mmap_mode="r", allow_pickle=False)
     except (DataError, OSError, ValueError, EOFError):
         return None

@@ -16,7 +16,7 @@ from evaluation.chunks import Advance, Arrays, Chunks, cut
 from evaluation.features import FeatureNet, identity_of
 from evaluation.features.feature_set import FeatureSet, feature_arrays, gather, read_feature_set
 from evaluation.image_sets import BATCH, ImageSet, NpzImages, batches, holds_images
-from evaluation.quality import Measured, quality
+from evaluation.quality import Measured, need_rows, quality
 from evaluation.statistics import read_stats
 
 if TYPE_CHECKING:
@@ -42,12 +42,13 @@ def spread(total: int, num: int | None, *, part: int = 0, parts: int = 1) -> NDA
 
 def reference_features(
     dataset: ShardDataset, net: FeatureNet, *, num: int | None = None, part: int = 0, parts: int = 1,
-    cache: Path | None = None, chunks: Chunks | None = None, title: str = "",
+    with_rows: bool = True, cache: Path | None = None, chunks: Chunks | None = None, title: str = "",
 ) -> FeatureSet:  # fmt: skip
     """Features of `num` (default: all) images of a data split, from `cache` if they are there.
 
     Args:
         part, parts: which of `parts` disjoint sets of `num` images, see `spread`.
+        with_rows: whether the features of single images are wanted.
         cache: folder of cached features, each in a folder named by data fingerprint, net, weights, resize and images.
         chunks: the work, where it is shared with other processes; default: all here.
         title: of the progress bar; no bar without one.
@@ -58,8 +59,9 @@ def reference_features(
     rows = spread(len(dataset), num, part=part, parts=parts)
     data = dataset.manifest.fingerprint
     selection = f"{len(rows)}" if parts == 1 else f"{len(rows)}-part{part}of{parts}"
-    folder = _cache_folder(cache, net, data, selection)
-    if folder is not None and (found := read_feature_set(folder, identity_of(net), data=data, num=len(rows))):
+    folder, num = _cache_folder(cache, net, data, selection), len(rows)
+    identity = identity_of(net)
+    if folder and (found := read_feature_set(folder, identity, data=data, num=num, with_rows=with_rows)):
         return found
     slices = cut(len(rows), BATCH)
 
@@ -73,7 +75,7 @@ def reference_features(
         "reference" if parts == 1 else f"reference-part{part}of{parts}", len(slices), make,
         work=lambda number: slices[number].stop - slices[number].start, unit="img", title=title,
     )  # fmt: skip
-    return gather(net, results, data=data, num=len(rows), folder=folder)
+    return gather(net, results, data=data, num=num, folder=folder, with_rows=with_rows)
 
 
 def real_floor(
@@ -88,9 +90,12 @@ def real_floor(
         DataError: the split has fewer than 2 * num images.
     """
     first, second = (
-        reference_features(dataset, net, num=num, part=part, parts=2, cache=cache, chunks=chunks, title=title)
+        reference_features(
+            dataset, net, num=num, part=part, parts=2, with_rows=need_rows(kinds), cache=cache, chunks=chunks,
+            title=title,
+        )
         for part in (0, 1)
-    )
+    )  # fmt: skip
     return quality(first, second, kinds)
 
 

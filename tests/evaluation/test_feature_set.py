@@ -109,6 +109,20 @@ def test_a_kept_set_is_found_whole_or_not_at_all(tmp_path: Path) -> None:
     assert read_feature_set(tmp_path, identity_of(net), data="d", num=20) is None
 
 
+def test_features_of_single_images_are_kept_where_they_are_wanted(tmp_path: Path) -> None:
+    net, arrays = ToyNet(), arrays_of(some_images(20))
+    made = gather(net, in_parts(arrays, []), data="d", num=20, folder=tmp_path, with_rows=False)
+    assert made.rows is None
+    assert [path.name for path in tmp_path.iterdir()] == ["statistics.npz"]
+    found = read_feature_set(tmp_path, identity_of(net), data="d", num=20, with_rows=False)
+    assert found is not None
+    assert np.array_equal(found.stats.pool.covariance, made.stats.pool.covariance)
+    assert read_feature_set(tmp_path, identity_of(net), data="d", num=20) is None
+    assert read_feature_set(tmp_path, identity_of(net), data="d", num=19, with_rows=False) is None
+    whole = gather(net, in_parts(arrays, []), data="d", num=20)
+    assert np.array_equal(found.stats.pool.covariance, whole.stats.pool.covariance)
+
+
 # ---- of a data split -------------------------------------------------------------------------------------------------
 
 
