@@ -161,7 +161,7 @@ def requests(study: StudyConfig, trial: Trial, nimg: int) -> list[Any]:
             data=folders[distance.split], metrics=distance.metrics, sampling=distance.sampling,
             num_samples=distance.num_samples, repeats=distance.repeats, batch=distance.batch,
             num_reference=distance.num_reference, reference=distance.reference, feature_net=distance.feature_net,
-            feature_weights=distance.feature_weights, **common,
+            feature_weights=distance.feature_weights, train_data=folders["train"], **common,
         )  # fmt: skip
         found.append(request)
     return found

@@ -19,7 +19,7 @@ from cluster.plan import flops, format_table
 from data_pipeline.files import write_atomic, write_json
 from evaluation.report.figures import draw_law, save_figure
 from evaluation.report.style import is_fitted, metric_label, size_label, split_label
-from evaluation.report.tables import distance_table, fits_table, law_report
+from evaluation.report.tables import fits_table, law_report
 from evaluation.scaling.law import Law, LawFit, fit_law
 from evaluation.scaling.points import Point, point_from_record, write_csv
 from trainer.tracking.points import LawRun
@@ -50,9 +50,9 @@ def write_report(folder: StudyFolder) -> Report:
     laws = [fit_law(group) for group in _groups(points) if is_fitted(group[0].metric)]
     figures = [_draw(folder, law) for law in laws]
     text = "\n\n".join([trials_table(folder, records), *(_law_text(law, main=i == 0) for i, law in enumerate(laws))])
-    distances = _distances_text(fitted)
-    text += f"\n\n{distances}" if distances else ""
-    full = "\n\n\n".join([trials_table(folder, records), *(law_report(law) for law in laws), distances])
+    quality = _quality_text([record for group in records.values() for record in group])
+    text += f"\n\n{quality}" if quality else ""
+    full = "\n\n\n".join([trials_table(folder, records), *(law_report(law) for law in laws), quality])
     write_atomic(folder.law / "report.txt", full + "\n")
     _write_laws(folder, laws, points)
     drawn = [figure for figure in figures if figure is not None]
@@ -74,7 +74,9 @@ def gap_points(records: Sequence[EvalRecord]) -> list[Point]:
 
 def trials_table(folder: StudyFolder, records: dict[str, list[EvalRecord]]) -> str:
     """One line a trial: what it cost and what it reached at its last evaluated point."""
-    metrics = sorted({(r.metric, r.split) for group in records.values() for r in group}, key=_order)
+    metrics = sorted(
+        {(r.metric, r.split) for group in records.values() for r in group if is_fitted(r.metric)}, key=_order
+    )
     header = ["trial", "size", "parameters", "images", "FLOP", *(f"{m} {s}" for m, s in metrics)]
     rows = []
     for name, trial in folder.trials.items():
@@ -167,17 +169,25 @@ def _gap_table(law: Law) -> str:
     )
 
 
-def _distances_text(records: Sequence[EvalRecord]) -> str:
-    """Distances with N, sampler and the real-against-real floor."""
-    parts = []
-    for metric in sorted({r.metric for r in records if r.metric != "nll"}):
-        group = [r for r in records if r.metric == metric]
-        floor = next((r.details.get("floor") for r in group if r.details.get("floor") is not None), None)
-        table = distance_table([point_from_record(r) for r in group], num_samples=group[0].n, floor=floor)
-        how = f"{group[0].measured['sampler']} sampler, respacing {group[0].measured['respacing']}"
-        note = "" if floor is not None else "\n  (the split is too small for a real-against-real floor at this N)"
-        parts.append(f"{metric_label(metric)} ({metric}), N = {group[0].n}, {how}\n{table}{note}")
-    return "\n\n".join(parts)
+def _quality_text(records: Sequence[EvalRecord]) -> str:
+    """Sample quality at each trial's last point, a column a metric; under it what real images would get."""
+    last: dict[tuple[str, str], EvalRecord] = {}
+    for record in sorted(records, key=lambda r: r.nimg):
+        if record.metric != "nll":
+            last[record.run, record.metric] = record
+    if not last:
+        return ""
+    metrics = sorted({metric for _, metric in last}, key=lambda metric: (not is_fitted(metric), metric))
+    rows = [
+        [run, *(_cell(last[run, m]) if (run, m) in last else "-" for m in metrics)]
+        for run in dict.fromkeys(run for run, _ in last)
+    ]
+    floors = {metric: record.details.get("floor") for (_, metric), record in last.items()}
+    if any(floor is not None for floor in floors.values()):
+        rows.append(["real against real", *(f"{f:.4g}" if (f := floors[m]) is not None else "-" for m in metrics)])
+    one = next((record for record in last.values() if "feature_net" in record.measured), next(iter(last.values())))
+    how = f"N = {one.n:,}, {one.measured['sampler']} sampler, respacing {one.measured['respacing']}"
+    return f"sample quality at each trial's last point, {how}\n\n{format_table(['trial', *metrics], rows)}"
 
 
 def _curve_name(law: Law) -> str:

@@ -78,7 +78,8 @@ class NllConfig(Section):
 class DistanceConfig(SamplingConfig):
     """Metrics of samples: distances in a feature net's space, and their kin; with Inception fd is the FID."""
 
-    metrics: tuple[str, ...] = Field(default=("fd",), min_length=1)  # fd, sfd, is, kd, precision, recall
+    # fd, sfd, is, kd, precision, recall; memorisation (the training images nearest to a few samples)
+    metrics: tuple[str, ...] = Field(default=("fd",), min_length=1)
     feature_net: str = "efflite0"
     feature_weights: Path | None = None  # the net's weights file; default: where it is kept, or downloaded
     split: Literal["test", "train"] = "test"  # the real images it is compared with

@@ -13,6 +13,7 @@ from data_pipeline.files import write_atomic
 
 FILE_NAME = "manifest.json"
 FORMAT: Literal["image-shards/1"] = "image-shards/1"
+SAMPLES = "samples"  # the kind of source that no `prepare` knows: a trained network
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 PlainFileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # shards lie beside the manifest
@@ -34,7 +35,7 @@ class Shard(_Part):
 class SourceInfo(_Part):
     """Where the images came from."""
 
-    kind: str  # the name under which `prepare` knows the source
+    kind: str  # the name under which `prepare` knows the source, or SAMPLES
     options: dict[str, str | int | float | bool]  # all that decides which images: equal options, equal images
     origin: str  # which archive or folder answered; for the reader only
 
@@ -44,7 +45,7 @@ class Manifest(_Part):
 
     format: Literal["image-shards/1"]
     name: str  # of the data set
-    split: str  # "train" or "test"
+    split: str  # "train" or "test"; "samples" of a network's images
     num_samples: int = Field(ge=1)
     image_size: int = Field(ge=1)  # pixels; images are square
     num_channels: Literal[3]
@@ -103,6 +104,8 @@ def remedy(folder: Path, source: SourceInfo | None = None) -> str:
     if source is None:
         return f"Remove {out} and make it anew with python -m data_pipeline.prepare SOURCE --out {out}"
     options = ", ".join(f"{key}={value}" for key, value in source.options.items())
+    if source.kind == SAMPLES:
+        return f"Remove {folder} and make it anew with python -m evaluation.sample (it was made with {options})"
     command = f"python -m data_pipeline.prepare {source.kind} --out {out}"
     return f"Remove {out} and make it anew: {command}" + (f" (it was made with {options})" if options else "")
 

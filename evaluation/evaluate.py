@@ -23,7 +23,7 @@ from evaluation.ensemble import Ensemble
 from evaluation.measure import Evaluation
 from evaluation.nll.settings import NllSettings
 from evaluation.report.tables import metrics_table
-from evaluation.request import EvalRequest
+from evaluation.request import MEMORISATION, EvalRequest
 from evaluation.results import (
     artifacts_of,
     chunks_of,
@@ -74,7 +74,7 @@ def _check_fits(export: Export, dataset: ShardDataset, request: EvalRequest) -> 
     if request.num_reference and request.num_reference > len(dataset):
         raise UserError(f"--num-reference {request.num_reference}: {request.data} has {len(dataset)} images.")
     num_timesteps = export.config.diffusion.num_timesteps
-    if request.kinds:
+    if request.kinds or MEMORISATION in request.metrics:
         space_timesteps(num_timesteps, request.sampling.respacing)
         check_guidance(export.config, request.sampling.guidance)
     if request.nll.respacing:
@@ -112,8 +112,9 @@ def evaluate_to(
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description="Evaluate an export: likelihood (nll) and sample quality.",
-        epilog="Metrics: nll; of samples fd, sfd, is, kd, precision, recall, with Inception also by their names fid, "
-        "sfid, kid. A distance in the features of another net than Inception is not FID and is named after its net.",
+        epilog="Metrics: nll; memorisation (nearest training images); of samples fd, sfd, is, kd, precision, recall, "
+        "with Inception also by their names fid, sfid, kid. A distance in the features of another net than Inception "
+        "is not FID and is named after its net.",
     )
     add = parser.add_argument
     add("export", type=Path, help="RUN/exports/<images seen>")
@@ -140,6 +141,7 @@ def _parser() -> argparse.ArgumentParser:
     quality.add_argument("--guidance", type=float, default=1.0, help="scale of classifier-free guidance; 1: none")
     quality.add_argument("--num-reference", type=int, help="real images to compare with (default: the whole split)")
     quality.add_argument("--reference", type=Path, help="npz of published statistics to compare with instead")
+    quality.add_argument("--train-data", type=Path, help="the split that was trained on, for memorisation")
     quality.add_argument("--feature-net", default="efflite0", help="efflite0 or inception")
     quality.add_argument("--feature-weights", type=Path, help="the feature net's weights file")
     run = parser.add_argument_group("running")
@@ -159,7 +161,8 @@ def _request(a: argparse.Namespace) -> EvalRequest:
         nll=NllSettings(a.mode, a.num_calls, a.target_stderr, a.num_images, a.nll_respacing, not a.no_clip),
         num_samples=a.num_samples, repeats=a.repeats, batch=a.batch,
         sampling=validate(SamplingConfig, how, source="arguments"), num_reference=a.num_reference,
-        reference=a.reference, feature_net=a.feature_net, feature_weights=a.feature_weights, num_threads=a.num_threads,
+        reference=a.reference, feature_net=a.feature_net, feature_weights=a.feature_weights,
+        train_data=a.train_data, num_threads=a.num_threads,
     )  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +12,23 @@ import numpy as np
 import torch
 
 from data_pipeline.dataset import ShardDataset
-from evaluation.chunks import Advance, Arrays, Chunks, cut
+from data_pipeline.errors import UserError
+from evaluation.chunks import Advance, Arrays, Chunks, concatenated, cut
 from evaluation.features import FeatureNet, get_feature_net
-from evaluation.features.feature_set import FeatureSet, feature_arrays, gather
+from evaluation.features.feature_set import FeatureSet, feature_arrays, gather, spread
 from evaluation.features.reference import published_features, real_floor, reference_features
+from evaluation.neighbours import memorisation, nearest, neighbour_figure
 from evaluation.nll.estimate import estimate_nll
 from evaluation.quality import Measured, need_rows, quality, record_name
-from evaluation.request import EvalRequest
+from evaluation.request import MEMORISATION, EvalRequest
+from evaluation.sampling_job import sample_chunks
 from evaluation.subject import Subject
 from trainer.grid import save_grid
 from trainer.sampling import sample
 from trainer.tracking.records import EvalRecord
 
 GRID_IMAGES = 64
+NEIGHBOUR_SAMPLES = 16
 
 
 class Evaluation:
@@ -39,6 +44,8 @@ class Evaluation:
 
     def records(self) -> list[EvalRecord]:
         found = [self._nll()] if "nll" in self.request.metrics else []
+        if MEMORISATION in self.request.metrics and self.chunks.shard.index == 0:  # small: not worth sharing
+            found.append(self._memorisation())
         return found + (self._quality() if self.request.kinds else [])
 
     def _title(self, text: str) -> str:
@@ -59,6 +66,28 @@ class Evaluation:
         return self._record(
             "nll", Measured(estimate.bits_per_dim, estimate.stderr, estimate.details()), n=estimate.num_calls,
             seeds=[self.request.seed], measured=estimate.measured,
+        )  # fmt: skip
+
+    def _memorisation(self) -> EvalRecord:
+        """How near samples are to training images in pixels, against held-out images of the same number."""
+        assert self.request.train_data is not None
+        train = ShardDataset(self.request.train_data)
+        if train.manifest.fingerprint == self.dataset.manifest.fingerprint:
+            raise UserError(f"{MEMORISATION} compares with held-out images: let --data be another split.")
+        parts = sample_chunks(
+            [self.subject.stage(self.request.sampling)], range(NEIGHBOUR_SAMPLES), seed=self.request.seed,
+            batch=NEIGHBOUR_SAMPLES, device=self.subject.device, chunks=Chunks(), title=self._title("a few samples"),
+        )  # fmt: skip
+        samples = torch.from_numpy(concatenated(parts)["images"]).permute(0, 3, 1, 2)  # [k, C, H, W]
+        held_out = torch.from_numpy(self.dataset.read(spread(len(self.dataset), NEIGHBOUR_SAMPLES))[0])
+        every = nearest(torch.cat([samples, held_out]), train, title=self._title("nearest training images"))
+        found, theirs = every.split(NEIGHBOUR_SAMPLES)
+        if self.artifacts is not None:
+            neighbour_figure(samples, train, found, self.artifacts / "nearest_training_images.png")
+        result = memorisation(found, theirs, space="pixels")
+        return self._record(
+            MEMORISATION, Measured(result.ratio, None, asdict(result)), n=NEIGHBOUR_SAMPLES, seeds=[self.request.seed],
+            measured={"train_data": train.manifest.fingerprint, **self.request.sampling.model_dump()},
         )  # fmt: skip
 
     def _quality(self) -> list[EvalRecord]:

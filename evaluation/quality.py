@@ -44,8 +44,10 @@ def record_name(kind: str, net: str) -> str:
     return _INCEPTION_NAMES.get(kind, kind) if net == INCEPTION else f"{kind}_{net}"
 
 
-def check_kinds(kinds: Sequence[str], net: str) -> tuple[str, ...]:
+def check_kinds(kinds: Sequence[str], net: str, *, others: Sequence[str] = ()) -> tuple[str, ...]:
     """The kinds that were asked for, in this net's features; fid, sfid and kid mean fd, sfd and kd of Inception.
+
+    `others`: metrics that the caller knows besides, for the message.
 
     Raises:
         UserError: an unknown name, or a metric that this net does not give; says what would be right.
@@ -54,7 +56,7 @@ def check_kinds(kinds: Sequence[str], net: str) -> tuple[str, ...]:
     for name in kinds:
         kind = _ALIASES.get(name, name)
         if kind not in KINDS:
-            raise UserError(f"unknown metric {name!r}; known: {', '.join((*KINDS, *_ALIASES))}.")
+            raise UserError(f"unknown metric {name!r}; known: {', '.join((*others, *KINDS, *_ALIASES))}.")
         if net != INCEPTION:
             remedy = "use --feature-net inception --feature-weights FILE"
             if kind in _ONLY_INCEPTION:

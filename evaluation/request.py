@@ -18,6 +18,8 @@ from evaluation.quality import KINDS, check_kinds
 from trainer.config import SamplingConfig
 from trainer.export import Weights
 
+MEMORISATION = "memorisation"
+OTHERS = ("nll", MEMORISATION)  # metrics that are not of a feature net
 # Part of every key: raised when a metric's definition changes, so that values of before are not taken for new ones.
 DEFINITION = 2
 
@@ -40,29 +42,30 @@ class EvalRequest:
     reference: Path | None = None  # npz of published statistics to compare with instead
     feature_net: str = "efflite0"
     feature_weights: Path | None = None  # the net's weights file, for those that come with no package
+    train_data: Path | None = None  # the split that was trained on, for `memorisation`
     num_threads: int | None = None  # of a CPU; no part of the key
 
     @property
     def kinds(self) -> tuple[str, ...]:
         """The metrics of samples among those asked for, by kind. Raises UserError for what the net does not give."""
-        names = [metric for metric in self.metrics if metric != "nll"]
-        return check_kinds(names, self.feature_net) if names else ()
-
-    @property
-    def nll_if_asked(self) -> tuple[str, ...]:
-        return ("nll",) if "nll" in self.metrics else ()
+        names = [metric for metric in self.metrics if metric not in OTHERS]
+        return check_kinds(names, self.feature_net, others=OTHERS) if names else ()
 
     def key(self, weights_sha256: str) -> str:
         """Names the evaluation of these weights (see `subject.weights_identity`)."""
         content = {
             "definition": DEFINITION,
-            "metrics": {metric: self.settings(metric) for metric in (*self.nll_if_asked, *self.kinds)},
+            "metrics": {metric: self.settings(metric) for metric in self._asked},
             "weights": self.weights,
             "seed": self.seed,
             "data": Manifest.load(self.data).fingerprint,
             "weights_sha256": weights_sha256,
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
+
+    @property
+    def _asked(self) -> tuple[str, ...]:
+        return (*(metric for metric in OTHERS if metric in self.metrics), *self.kinds)
 
     def settings(self, metric: str) -> dict[str, Any]:
         """What the value of this metric depends on: only this names it."""
@@ -71,6 +74,10 @@ class EvalRequest:
             size = {"num_images": nll.num_images} if mode == "exact" else {
                 "num_calls": nll.num_calls, "target_stderr": nll.target_stderr}  # fmt: skip
             return {"mode": mode, **size, "respacing": nll.respacing, "clip_denoised": nll.clip_denoised}
+        if metric == MEMORISATION:
+            assert self.train_data is not None
+            train = Manifest.load(self.train_data).fingerprint
+            return {"train_data": train, "sampling": self.sampling.model_dump()}
         names = ("num_samples", "repeats", "batch", "num_reference", "feature_net")
         files = {"reference": self.reference, "feature_weights": self.feature_weights}
         return (
@@ -82,8 +89,10 @@ class EvalRequest:
     def check(self) -> None:
         """Raises UserError for what cannot be measured, before anything is computed."""
         if not self.metrics:
-            raise UserError(f"no metric is asked for; known: nll, {', '.join(KINDS)}.")
-        if self.nll_if_asked:
+            raise UserError(f"no metric is asked for; known: {', '.join((*OTHERS, *KINDS))}.")
+        if MEMORISATION in self.metrics and self.train_data is None:
+            raise UserError(f"{MEMORISATION} compares samples with training images: name their split, --train-data.")
+        if "nll" in self.metrics:
             self.nll.check()
         for name, least in (("seed", 0), ("num_reference", 2), ("num_threads", 1), ("repeats", 1), ("batch", 1)):
             value = getattr(self, name)

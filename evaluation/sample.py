@@ -1,129 +1,161 @@
 """Make images with trained networks, in one stage or several.
 
     python -m evaluation.sample RUN/exports/000064000000 --num 64 --respacing 250 --out samples.npz
+    python -m evaluation.sample RUN/exports/000064000000 --num 50000 --guidance 1.5 --out samples --shard 0/2
+    torchrun --nproc_per_node 8 -m evaluation.sample -- RUN/exports/000064000000 --num 50000 --out samples.npz
     python -m evaluation.sample BASE_64PX UPSAMPLER_256PX --respacing 250 --respacing 100 --out samples.npz
     python -m evaluation.sample UPSAMPLER_256PX --base samples64.npz --out samples256.npz
 
-Each export after the first enlarges what the one before it made. The npz holds `arr_0`, uint8 [N, H, W, 3], and for
-class-conditional networks `arr_1`, the classes [N]: the layout in which published samples come. Beside it lie a grid
-(.png) and an account of what was made (.json). Image i is a function of --seed, i, its class and its row of --base: its
-noise bit for bit, its pixels up to the rounding that the batch size brings.
+Each export after the first enlarges what the one before it made. An npz holds `arr_0`, uint8 [N, H, W, 3], and for
+class-conditional networks `arr_1`, the classes [N]: the layout in which published samples come. Any other --out is a
+folder of shards, a data split like those of training. With them come a grid (.png) and an account of what was made
+(.json). Image i is a function of --seed, i, its class and its row of --base: its noise bit for bit, its pixels up to
+the rounding that --batch brings. Any number of processes make the same bits, and a command that was interrupted goes
+on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
-import zipfile
-import zlib
-from collections.abc import Sequence
-from functools import partial
+import hashlib
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from data_pipeline.errors import UserError, run_cli
-from data_pipeline.files import write_json
-from data_pipeline.progress import progress_bar
+from data_pipeline.files import sha256_file, write_json
+from data_pipeline.manifest import SAMPLES, SourceInfo
+from data_pipeline.progress import say
+from data_pipeline.workspace import workspace
+from evaluation.chunks import Arrays, Chunks, FinishedElsewhere, shard_of
+from evaluation.device import pick_device
+from evaluation.sample_files import Images, read_samples, write_npz, write_split
+from evaluation.sample_place import Place
+from evaluation.sampling_job import sample_chunks
 from trainer.config import SamplingConfig, validate
 from trainer.diffusion.respacing import space_timesteps
 from trainer.export import Export, Weights, open_export
 from trainer.grid import save_grid
-from trainer.models import IMAGE_CHANNELS
-from trainer.sampling import Stage, check_cascade, sample_cascade
+from trainer.sampling import Stage, check_cascade, check_guidance
 
 GRID_IMAGES = 64
-WRITTEN = (".npz", ".png", ".json")
+T = TypeVar("T")
 
 
-def make_samples(
-    stages: Sequence[Stage],
-    numbers: Sequence[int],
-    *,
-    base: Tensor | None = None,
-    labels: Sequence[int] | None = None,
-    seed: int = 0,
-    batch: int = 16,
-    device: torch.device | str = "cpu",
-    progress: bool = True,
-) -> Tensor:
-    """The last stage's images number `numbers`: uint8 [N, C, H, W], made `batch` at a time.
+@dataclass(frozen=True)
+class Request:
+    """What is to be made."""
 
-    `base` [N, C, h, w] uint8 and `labels` [N] belong to the numbers, as in `sample_cascade`.
-    """
-    size = stages[-1].config.model.image_size
-    made = torch.empty(len(numbers), IMAGE_CHANNELS, size, size, dtype=torch.uint8)
-    calls = len(numbers) * sum(stage.num_calls for stage in stages)
-    with progress_bar(total=calls, unit="call", description="samples", disable=not progress) as bar:
-        for start in range(0, len(numbers), batch):
-            part = slice(start, start + batch)
-            own = numbers[part]
-            images = sample_cascade(
-                stages, own, seed=seed, device=device, progress=partial(bar.update, len(own)),
-                base=None if base is None else base[part], labels=None if labels is None else labels[part],
-            )  # fmt: skip
-            made[part] = images[-1]
-    return made
+    exports: list[Export]
+    samplings: list[SamplingConfig]
+    weights: Weights
+    numbers: range
+    labels: list[int] | None  # [N]; None: nothing hears classes
+    num_classes: int
+    base: Tensor | None  # uint8 [N, 3, h, w]
+    base_path: Path | None
+    seed: int
+    batch: int
+
+    @property
+    def image_size(self) -> int:
+        return self.exports[-1].config.model.image_size
+
+    def options(self) -> dict[str, str | int | float | bool]:
+        """All that decides the images, as far as words go: equal options, equal images."""
+        options: dict[str, str | int | float | bool] = {
+            "seed": self.seed, "first": self.numbers.start, "num": len(self.numbers), "batch": self.batch,
+        }  # fmt: skip
+        if self.labels is not None:
+            options["labels_sha256"] = hashlib.sha256(np.array(self.labels, dtype="<i8").tobytes()).hexdigest()
+        if self.base_path is not None:
+            options["base_sha256"] = sha256_file(self.base_path)
+        for number, (export, sampling) in enumerate(zip(self.exports, self.samplings, strict=True), start=1):
+            stage = {"weights_sha256": export.weights_sha256[self.weights], **sampling.model_dump()}
+            options |= {f"stage{number}.{name}": value for name, value in stage.items()}
+        return options
+
+    def key(self, options: dict[str, Any]) -> str:
+        """Names the images: of the options, and of the configs that say how the weights are to be read."""
+        configs = [(e.config.model.model_dump(), e.config.diffusion.model_dump()) for e in self.exports]
+        return hashlib.sha256(json.dumps([options, configs], sort_keys=True).encode()).hexdigest()[:16]
+
+    def account(self, options: dict[str, Any], key: str) -> dict[str, Any]:
+        """What was made, of what, and how."""
+        return {
+            "key": key,
+            "first": self.numbers.start,
+            "num": len(self.numbers),
+            "seed": self.seed,
+            "batch": self.batch,
+            **{name: [getattr(s, name) for s in self.samplings] for name in SamplingConfig.model_fields},
+            "base": str(self.base_path) if self.base_path else None,
+            "weights": self.weights,
+            "exports": [
+                {"path": str(e.path), "nimg": e.info["nimg"], "weights_sha256": e.weights_sha256[self.weights]}
+                for e in self.exports
+            ],
+            "options": options,
+        }
+
+    def source(self, options: dict[str, Any]) -> SourceInfo:
+        """What a manifest says of where the images came from."""
+        return SourceInfo(kind=SAMPLES, options=options, origin=", ".join(str(e.path) for e in self.exports))
 
 
-def read_samples(path: Path) -> tuple[Tensor, list[int] | None]:
-    """Images uint8 [N, 3, H, W] and classes [N], if any, from an npz of samples. Raises UserError."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            images = file["arr_0"]
-            labels = file["arr_1"] if "arr_1" in file.files else None
-    except FileNotFoundError:
-        raise UserError(f"--base {path}: no such file.") from None
-    except (KeyError, ValueError, TypeError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
-        raise UserError(f"--base {path} is not an npz of samples (arr_0, uint8 [N, H, W, 3]): {error}.") from None
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or images.shape[1] != images.shape[2]:
-        raise UserError(
-            f"--base {path}: arr_0 is {images.dtype} {list(images.shape)}; samples are uint8 [N, size, size, 3]."
-        )
-    if images.size == 0:
-        raise UserError(f"--base {path} holds no images: arr_0 is {list(images.shape)}.")
-    if labels is not None:
-        _check_classes(path, labels, num=len(images))
-    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), None if labels is None else labels.tolist()
-
-
-def _check_classes(path: Path, labels: NDArray[Any], *, num: int) -> None:
-    if labels.shape != (num,):
-        raise UserError(f"--base {path}: {num} images in arr_0 but classes {list(labels.shape)} in arr_1.")
-    if labels.dtype.kind not in "iu" or labels.min() < -1:
-        raise UserError(
-            f"--base {path}: arr_1 ({labels.dtype}) must hold classes, whole numbers from 0 (-1: no class); without "
-            "arr_1, image i has class i modulo their number."
-        )
-
-
-def write_samples(path: Path, images: Tensor, labels: Sequence[int] | None) -> None:
-    """Write uint8 [N, C, H, W] and classes as an npz, completely or not at all."""
-    arrays = [images.permute(0, 2, 3, 1).numpy()]
-    if labels is not None:
-        arrays.append(np.array(labels, dtype=np.int64))
-    temporary = path.with_name(f".{path.stem}.tmp.npz")
-    try:
-        np.savez(temporary, *arrays)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
+def _request(a: argparse.Namespace) -> Request:
+    """Raises UserError for what does not fit together, before any network is loaded."""
+    exports = [open_export(path) for path in a.exports]
+    for export in exports:
+        export.check_holds(a.weights)
+    configs = [export.config for export in exports]
+    base, base_labels = (None, None) if a.base is None else read_samples(a.base)
+    numbers = _rows(a, 0 if base is None else len(base))
+    rows = slice(numbers.start, numbers.stop)
+    samplings = _samplings(exports, a)
+    # Whether some stage hears classes: without guidance's zero, all that know any do.
+    num_classes = max(
+        config.model.num_classes if sampling.guidance else 0
+        for config, sampling in zip(configs, samplings, strict=True)
+    )
+    labels = None
+    if a.classes is not None:
+        if not num_classes:
+            raise UserError(f"--classes {a.classes}: these networks know no classes; leave it out.")
+        labels = _labels(a.classes, numbers)
+    elif num_classes:
+        labels = [number % num_classes for number in numbers] if base_labels is None else base_labels[rows]
+    check_cascade(configs, base_size=0 if base is None else base.shape[-1], labels=labels)
+    for config, sampling in zip(configs, samplings, strict=True):
+        check_guidance(config, sampling.guidance, labels)
+    base = None if base is None else base[rows]
+    return Request(exports, samplings, a.weights, numbers, labels, num_classes, base, a.base, a.seed, a.batch)
 
 
 def _samplings(exports: Sequence[Export], a: argparse.Namespace) -> list[SamplingConfig]:
     """How each export is sampled. Raises UserError for steps that its process has not."""
-    respacings = a.respacing or ["50"]
-    if len(respacings) not in (1, len(exports)):
-        raise UserError(f"--respacing was given {len(respacings)} times for {len(exports)} stages; once, or for each.")
+    respacings = _for_each("--respacing", a.respacing or ["50"], len(exports))
+    guidances = _for_each("--guidance", a.guidance or [1.0], len(exports))
     samplings = []
-    for export, respacing in zip(exports, respacings * (len(exports) // len(respacings)), strict=True):
-        how = {"sampler": a.sampler, "respacing": respacing, "eta": a.eta}
+    for export, respacing, guidance in zip(exports, respacings, guidances, strict=True):
+        how = {"sampler": a.sampler, "respacing": respacing, "eta": a.eta, "guidance": guidance}
         samplings.append(validate(SamplingConfig, how, source="arguments"))
         space_timesteps(export.config.diffusion.num_timesteps, samplings[-1].respacing)
     return samplings
+
+
+def _for_each(option: str, values: list[T], num: int) -> list[T]:
+    if len(values) not in (1, num):
+        raise UserError(f"{option} was given {len(values)} times for {num} stages; once, or for each.")
+    return values * (num // len(values))
 
 
 def _labels(text: str, numbers: Sequence[int]) -> list[int]:
@@ -150,8 +182,8 @@ def _rows(a: argparse.Namespace, num_base: int) -> range:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Make images with trained networks, in one stage or several.")
     parser.add_argument("exports", type=Path, nargs="+", help="RUN/exports/<images seen>, smallest images first")
-    parser.add_argument("--out", type=Path, required=True, help="samples.npz")
-    parser.add_argument("--overwrite", action="store_true", help="replace what is there at --out")
+    parser.add_argument("--out", type=Path, required=True, help="samples.npz, or a folder for shards")
+    parser.add_argument("--overwrite", action="store_true", help="replace other samples at --out")
     parser.add_argument("--num", type=int, help="how many images (default: 16, or all of --base from --first on)")
     parser.add_argument("--first", type=int, default=0, help="number of the first image, and its row of --base")
     parser.add_argument("--base", type=Path, help="npz of small images that the first export is to enlarge")
@@ -163,9 +195,14 @@ def _parse() -> argparse.Namespace:
         "--respacing", action="append", help="steps: 50, 10,15,20, ddim50, quadratic50; once, or for each export"
     )
     parser.add_argument("--eta", type=float, default=0.0, help="noise of ddim")
+    parser.add_argument(
+        "--guidance", type=float, action="append",
+        help="classifier-free guidance: 1 is none, 0 without classes; once, or for each export",
+    )  # fmt: skip
     parser.add_argument("--weights", default="ema", help="ema, model (the bare ones), or such as ema_0.999")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=16, help="images at a time")
+    parser.add_argument("--shard", help="the part of this process: 0/2 and 1/2 (default: as a launcher says)")
     parser.add_argument("--num-threads", type=int, help="CPU threads")
     return parser.parse_args()
 
@@ -180,76 +217,82 @@ def _check_numbers(a: argparse.Namespace) -> None:
             raise UserError(f"{option} is too large; use less than 2**63.")
 
 
-def _check_out(out: Path, overwrite: bool) -> None:
-    """Raises UserError where the results could not be written, or would replace others unasked."""
-    if out.suffix != ".npz":
-        raise UserError(f"--out {out} must end in .npz.")
-    for path in map(out.with_suffix, WRITTEN):
-        if path.is_dir():
-            raise UserError(f"--out {out}: {path} is a folder; name a file that is to be made.")
-        if path.exists() and not overwrite:
-            raise UserError(f"--out {out}: {path} exists; give another name, or --overwrite to replace it.")
-    above = next(folder for folder in out.parents if folder.exists())
-    if not above.is_dir():
-        raise UserError(f"--out {out}: {above} is a file, not a folder.")
-
-
 def main() -> int:
     """The command line."""
     a = _parse()
     _check_numbers(a)
-    _check_out(a.out, a.overwrite)
-    if a.num_threads:
-        torch.set_num_threads(a.num_threads)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    exports = [open_export(path) for path in a.exports]
-    configs = [export.config for export in exports]
-    num_classes = max(config.model.num_classes for config in configs)
-    base, labels = (None, None) if a.base is None else read_samples(a.base)
-    numbers = _rows(a, 0 if base is None else len(base))
-    rows = slice(numbers.start, numbers.stop)
-    if a.classes is not None:
-        if not num_classes:
-            raise UserError(f"--classes {a.classes}: these networks know no classes; leave it out.")
-        labels = _labels(a.classes, numbers)
-    elif labels is not None:
-        labels = labels[rows]
-    elif num_classes:
-        labels = [number % num_classes for number in numbers]
-    check_cascade(configs, base_size=0 if base is None else base.shape[-1], labels=labels)
-    samplings = _samplings(exports, a)
+    shard, place = shard_of(a.shard), Place(a.out)
+    place.check()
+    request = _request(a)
+    options = request.options()
+    key = request.key(options)
+    if place.holds(key):
+        place.remove_chunks()
+        print(f"{place.out} already holds these images, complete: nothing to do.")
+        return 0
+    place.make_room(key, overwrite=a.overwrite)
+    work = place.chunks / key
+    work.mkdir(parents=True, exist_ok=True)  # fails now, not after the work
+    device = pick_device(a.num_threads)
     stages = [
-        Stage(export.network(a.weights).to(device), export.config, sampling)
-        for export, sampling in zip(exports, samplings, strict=True)
+        Stage(export.network(request.weights).to(device), export.config, sampling)
+        for export, sampling in zip(request.exports, request.samplings, strict=True)
     ]
-    a.out.parent.mkdir(parents=True, exist_ok=True)  # fails now, not after the work
-    images = make_samples(
-        stages, numbers, base=None if base is None else base[rows], labels=labels, seed=a.seed, batch=a.batch,
-        device=device,
+    chunks = Chunks(work, shard=shard, result=place.account)
+    parts = sample_chunks(
+        stages, request.numbers, base=request.base, labels=request.labels, seed=request.seed, batch=request.batch,
+        device=device, chunks=chunks, title="samples", final=True,
     )  # fmt: skip
-    write_samples(a.out, images, labels if num_classes else None)
-    save_grid(images[:GRID_IMAGES], a.out.with_suffix(".png"))
-    write_json(a.out.with_suffix(".json"), _account(exports, a, len(numbers)))
-    print(f"{len(numbers)} images of {images.shape[-1]}x{images.shape[-1]} px: {a.out}, {a.out.with_suffix('.png')}")
+    try:
+        _write(place, request, parts, options, key)
+    except FinishedElsewhere:
+        if place.holds(key):
+            place.remove_chunks()
+        say(f"part {shard.index} of {shard.count} is made; part 0 writes {place.out} when all are.")
+        return 0
+    place.remove_chunks()
+    size = request.image_size
+    print(f"{len(request.numbers)} images of {size}x{size} px: {place.out}, {place.files[1]}")
     return 0
 
 
-def _account(exports: Sequence[Export], a: argparse.Namespace, num: int) -> dict[str, object]:
-    """What was made, of what, and how."""
-    weights: Weights = a.weights
-    return {
-        "first": a.first,
-        "num": num,
-        "seed": a.seed,
-        "sampler": a.sampler,
-        "eta": a.eta,
-        "respacing": a.respacing or ["50"],
-        "base": str(a.base) if a.base else None,
-        "weights": weights,
-        "exports": [
-            {"path": str(e.path), "nimg": e.info["nimg"], "weights_sha256": e.weights_sha256[weights]} for e in exports
-        ],
-    }
+def _write(place: Place, request: Request, parts: Iterator[Arrays], options: dict[str, Any], key: str) -> None:
+    """The images as they come; then the grid and, last, the account."""
+    first: list[Images] = []
+    watched, account = _watched(parts, first), request.account(options, key)
+    images = chain([next(watched)], watched)  # with the first one, all of this process are made: now put them together
+    if not place.is_folder:
+        write_npz(
+            place.out, images, num=len(request.numbers), image_size=request.image_size, labels=request.labels,
+            scratch=place.chunks / key,
+        )  # fmt: skip
+        _write_grid(first, place.files[1])
+        write_json(place.account, account | {"sha256": sha256_file(place.out)})
+        return
+    with workspace(place.out) as building:
+        result = Place(building.result)
+        manifest = write_split(
+            building.result, images, numbers=request.numbers, image_size=request.image_size, labels=request.labels,
+            num_classes=request.num_classes, name=request.exports[-1].config.name, source=request.source(options),
+        )  # fmt: skip
+        _write_grid(first, result.files[1])
+        write_json(result.account, account | {"fingerprint": manifest.fingerprint})
+        if place.out.exists():
+            shutil.rmtree(place.out)  # samples, which may be replaced: `make_room` has seen to that
+        building.publish()
+
+
+def _watched(parts: Iterator[Arrays], first: list[Images]) -> Iterator[Images]:
+    """The parts' images; those that the grid will show are noted in `first`."""
+    for part in parts:
+        images = part["images"]
+        if (missing := GRID_IMAGES - sum(map(len, first))) > 0:
+            first.append(images[:missing])
+        yield images
+
+
+def _write_grid(images: Sequence[Images], path: Path) -> None:
+    save_grid(torch.from_numpy(np.concatenate(images)).permute(0, 3, 1, 2), path)
 
 
 if __name__ == "__main__":

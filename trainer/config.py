@@ -169,7 +169,7 @@ class SamplingConfig(Section):
     respacing: Annotated[str, BeforeValidator(_text_of_number)] = "50"
     eta: float = Field(0.0, ge=0, le=1)  # noise of ddim; 0: none
     # Classifier-free guidance: eps_null + guidance * (eps_class - eps_null), for networks that know a null class.
-    guidance: float = Field(1.0, ge=0)
+    guidance: float = Field(1.0, ge=0, allow_inf_nan=False)
 
     @model_validator(mode="before")
     @classmethod
@@ -337,6 +337,16 @@ class RunConfig(Section):
                 space_timesteps(self.diffusion.num_timesteps, grid.respacing)
             except ConfigError as error:
                 raise ValueError(f"train.sample_grid.{error}") from None
+        return self
+
+    @model_validator(mode="after")
+    def _guidance_has_a_null_class(self) -> RunConfig:
+        grid = self.train.sample_grid
+        if grid.num_images and grid.guidance != 1 and not self.model.null_class:
+            raise ValueError(
+                f"train.sample_grid.guidance={grid.guidance:g} needs a class to be guided away from; set "
+                "model.null_class=true and train.class_dropout, or guidance=1"
+            )
         return self
 
     @model_validator(mode="after")

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from data_pipeline.errors import UserError
 from trainer.config import RunConfig, SamplingConfig
 from trainer.diffusion.gaussian import Denoiser, GaussianDiffusion
+from trainer.diffusion.guidance import NULL_LABEL, guided, num_calls_a_step
 from trainer.diffusion.respacing import space_timesteps
 from trainer.diffusion.samplers import SAMPLERS, Progress, no_progress, to_uint8
 from trainer.models import IMAGE_CHANNELS
@@ -27,8 +28,9 @@ class Stage:
 
     @property
     def num_calls(self) -> int:
-        """Network calls a sample."""
-        return len(space_timesteps(self.config.diffusion.num_timesteps, self.sampling.respacing))
+        """Network calls a sample: one a step, two where it is guided."""
+        steps = space_timesteps(self.config.diffusion.num_timesteps, self.sampling.respacing)
+        return len(steps) * num_calls_a_step(self.sampling.guidance)
 
 
 def conditioned(network: nn.Module, labels: Tensor | None = None, low_res: Tensor | None = None) -> Denoiser:
@@ -61,19 +63,22 @@ def sample(
         labels: [n] classes, -1 for none; by default sample i has class i modulo the number of classes.
         low_res: [n, C, h, w] in [-1, 1], what a super-resolution network is to enlarge.
         stage_number: place in a cascade; each has noise of its own.
+        progress: called for every network call, after its step.
+
+    Raises UserError for classes that the network does not know, and for guidance that it cannot be given.
     """
     config, size = stage.config, stage.config.model.image_size
     diffusion = GaussianDiffusion.create(config.diffusion, device, stage.sampling.respacing)
     noise = SampleNoise(seeds, (IMAGE_CHANNELS, size, size), seed=seed, stage=stage_number, device=device)
-    classes = _classes(config, seeds, labels)
-    denoiser = conditioned(
-        stage.network,
-        None if classes is None else torch.tensor(classes, device=device),
-        None if low_res is None else low_res.to(device),
-    )
+    denoiser = _denoiser(stage, _classes(stage, seeds, labels), low_res, device)
     options = {"eta": stage.sampling.eta} if stage.sampling.sampler == "ddim" else {}
     sampler = SAMPLERS[stage.sampling.sampler]
-    images = sampler(denoiser, noise(), diffusion, noise=noise, progress=progress, **options)
+
+    def step_done() -> None:
+        for _ in range(num_calls_a_step(stage.sampling.guidance)):
+            progress()
+
+    images = sampler(denoiser, noise(), diffusion, noise=noise, progress=step_done, **options)
     return to_uint8(images).cpu()
 
 
@@ -133,12 +138,41 @@ def check_labels(config: RunConfig, labels: Sequence[int]) -> None:
         raise UserError(f"class {unknown[0]} is unknown to {config.name}: it knows {lowest} to {num_classes - 1}.")
 
 
-def _classes(config: RunConfig, seeds: Sequence[int], labels: Sequence[int] | None) -> Sequence[int] | None:
+def check_guidance(config: RunConfig, guidance: float, labels: Sequence[int] | None = None) -> None:
+    """Raises UserError for guidance of a network that was not trained to do without a class, or to no class."""
+    if guidance == 1:
+        return
+    if not config.model.null_class:
+        raise UserError(
+            f"guidance={guidance:g}: {config.name} has no null class to be guided away from; use guidance=1, or a "
+            "network trained with model.null_class=true and train.class_dropout, such as 0.1."
+        )
+    if guidance and NULL_LABEL in (labels or ()):
+        raise UserError(
+            f"guidance={guidance:g}: class {NULL_LABEL} (none) is nothing to be guided to; leave it out, or use "
+            "guidance=1, or guidance=0 for samples without a class."
+        )
+
+
+def _denoiser(
+    stage: Stage, classes: Sequence[int] | None, low_res: Tensor | None, device: torch.device | str
+) -> Denoiser:
+    """The stage's network, guided where that was asked for, as a function of (x_t, time) alone."""
+    low_res = None if low_res is None else low_res.to(device)
+    if classes is None:
+        return conditioned(stage.network, None, low_res)
+    labels = torch.tensor(classes, device=device)
+    learns_variance = stage.config.diffusion.learns_variance
+    return guided(stage.network, labels, low_res, scale=stage.sampling.guidance, learns_variance=learns_variance)
+
+
+def _classes(stage: Stage, seeds: Sequence[int], labels: Sequence[int] | None) -> Sequence[int] | None:
     """The classes [n] of samples, None for an unconditional network. Raises UserError for unknown ones."""
-    num_classes = config.model.num_classes
+    num_classes = stage.config.model.num_classes
+    check_guidance(stage.config, stage.sampling.guidance, labels)
     if not num_classes:
         return None
     if labels is None:
         return [s % num_classes for s in seeds]
-    check_labels(config, labels)
+    check_labels(stage.config, labels)
     return labels

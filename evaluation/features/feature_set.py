@@ -27,6 +27,9 @@ Rows = NDArray[np.float32]
 STATS_FILE = "statistics.npz"
 ROWS_FILE = "rows.npy"
 BLOCK = 1024  # rows in one outer product, counted from the first image: how the stream was cut does not show in sums
+# Single images' features that are kept, spread over the set: all of ImageNet's would be 10 GB, and their neighbours
+# would never be found.
+MAX_ROWS = 50_000
 
 
 @dataclass(frozen=True)
@@ -34,7 +37,7 @@ class FeatureSet:
     """The features of one set of images."""
 
     stats: FeatureStats
-    rows: Rows | None  # [N, dim] pooled features, mapped from a file; None where only statistics are known
+    rows: Rows | None  # [min(N, MAX_ROWS), dim] pooled features, mapped from a file; None where they are not known
 
     @property
     def num(self) -> int:
@@ -64,7 +67,7 @@ def gather(
 
     Args:
         data: fingerprint of the images.
-        with_rows: whether the features of single images are kept: of ImageNet's in Inception's they take 10 GB.
+        with_rows: whether the features of single images are kept.
         folder: where rows and statistics are kept (for `read_feature_set`); None for a temporary file, which is gone
             when the result is.
 
@@ -77,13 +80,16 @@ def gather(
     spatial = Moments(net.spatial_dim) if net.spatial_dim else None
     score = InceptionScore(num, net.num_classes) if net.num_classes else None
     with _rows_file(folder if with_rows else None) as file:
-        start = _write_header(file, (num, net.dim))
+        chosen = spread(num, min(num, MAX_ROWS))
+        start = _write_header(file, (len(chosen), net.dim))
         for block in in_blocks(parts):
             pool.add(block["pool"])
             if pool.num > num:
                 break
             if with_rows:
-                file.write(np.ascontiguousarray(block["pool"], dtype=np.float32).data)
+                own = chosen[(chosen >= pool.num - len(block["pool"])) & (chosen < pool.num)]
+                kept = block["pool"][own - (pool.num - len(block["pool"]))]
+                file.write(np.ascontiguousarray(kept, dtype=np.float32).data)
             if spatial is not None:
                 spatial.add(block["spatial"])
             if score is not None:
@@ -91,7 +97,7 @@ def gather(
         if pool.num != num:
             raise DataError(f"features of {num} images were announced, {pool.num} or more came.")
         file.flush()
-        rows: Rows | None = np.memmap(file, np.float32, "r", start, (num, net.dim)) if with_rows else None
+        rows: Rows | None = np.memmap(file, np.float32, "r", start, (len(chosen), net.dim)) if with_rows else None
     stats = FeatureStats(
         identity_of(net), data, num, pool.gaussian(),
         None if spatial is None else spatial.gaussian(), None if score is None else score.scores(),
@@ -99,6 +105,23 @@ def gather(
     if folder is not None:
         write_stats(folder / STATS_FILE, stats)  # last: it proves that the rows are whole
     return FeatureSet(stats, rows)
+
+
+def spread(total: int, num: int | None, *, part: int = 0, parts: int = 1) -> NDArray[np.int64]:
+    """Indices of `num` images spread evenly over `total`, so that a split sorted by class is still covered.
+
+    With `parts` > 1: one of `parts` disjoint, interleaved sets of `num` images each. None: all images.
+
+    Raises:
+        DataError: more images asked for than there are.
+    """
+    if num is None:
+        num = total // parts
+    if not 0 < num * parts <= total:
+        asked = f"{parts} x {num}" if parts > 1 else str(num)
+        raise DataError(f"{asked} images are asked for; there are {total}.")
+    positions = np.arange(num * parts, dtype=np.int64) * total // (num * parts)
+    return positions[part::parts]
 
 
 def read_feature_set(
@@ -112,7 +135,7 @@ def read_feature_set(
         rows = np.load(folder / ROWS_FILE, mmap_mode="r", allow_pickle=False)
     except (DataError, OSError, ValueError, EOFError):
         return None
-    fits = rows.shape == (num, stats.pool.dim) and rows.dtype == np.float32
+    fits = rows.shape == (min(num, MAX_ROWS), stats.pool.dim) and rows.dtype == np.float32
     return FeatureSet(stats, rows) if fits else None
 
 

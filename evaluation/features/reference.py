@@ -6,38 +6,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from data_pipeline.errors import DataError
 from data_pipeline.progress import progress_bar
 from evaluation.chunks import Advance, Arrays, Chunks, cut
 from evaluation.features import FeatureNet, identity_of
-from evaluation.features.feature_set import FeatureSet, feature_arrays, gather, read_feature_set
+from evaluation.features.feature_set import FeatureSet, feature_arrays, gather, read_feature_set, spread
 from evaluation.image_sets import BATCH, ImageSet, NpzImages, batches, holds_images
 from evaluation.quality import Measured, need_rows, quality
 from evaluation.statistics import read_stats
 
 if TYPE_CHECKING:
     from data_pipeline.dataset import ShardDataset
-
-
-def spread(total: int, num: int | None, *, part: int = 0, parts: int = 1) -> NDArray[np.int64]:
-    """Indices of `num` images spread evenly over `total`, so that a split sorted by class is still covered.
-
-    With `parts` > 1: one of `parts` disjoint, interleaved sets of `num` images each. None: all images.
-
-    Raises:
-        DataError: more images asked for than there are.
-    """
-    if num is None:
-        num = total // parts
-    if not 0 < num * parts <= total:
-        asked = f"{parts} x {num}" if parts > 1 else str(num)
-        raise DataError(f"{asked} images are asked for; there are {total}.")
-    positions = np.arange(num * parts, dtype=np.int64) * total // (num * parts)
-    return positions[part::parts]
 
 
 def reference_features(

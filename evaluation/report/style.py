@@ -4,7 +4,7 @@ from __future__ import annotations
 
 _METRICS = {
     "nll": "NLL (bits/dim)", "fid": "FID", "sfid": "sFID", "is": "inception score", "kid": "KID",
-    "precision": "precision", "recall": "recall",
+    "precision": "precision", "recall": "recall", "memorisation": "distance to training images, of held-out's",
 }  # fmt: skip
 _KINDS = {
     "fd": "Fréchet distance", "sfd": "spatial Fréchet distance", "kd": "kernel distance", "precision": "precision",

@@ -1,4 +1,4 @@
-"""Tables for the terminal: points, frontier, slopes, fits with intervals, distances. Plain strings."""
+"""Tables for the terminal: points, frontier, slopes, fits with intervals, metrics. Plain strings."""
 
 from __future__ import annotations
 
@@ -84,19 +84,6 @@ def hold_out_table(law: Law) -> str:
     return table(["held-out point", "FLOPs", law.metric, "power", "error", "with constant", "error"], rows, left=(0,))
 
 
-def distance_table(points: Sequence[Point], *, num_samples: int, floor: float | None = None) -> str:
-    """Distances of samples by run, with the real-against-real floor at the same N."""
-    ordered = sorted(points, key=lambda p: (p.num_params, p.run, p.compute))
-    rows = [
-        [p.run, size_label(p.num_params), f"{p.images:,}", f"{p.compute:.3g}", str(num_samples), _value(p)]
-        for p in ordered
-    ]
-    if floor is not None:
-        rows.append(["real against real", "", "", "", str(num_samples), f"{floor:.4g}"])
-    name = ordered[0].metric if ordered else "distance"
-    return table(["run", "parameters", "images", "FLOPs", "N", name], rows, left=(0,))
-
-
 def metrics_table(records: Sequence[EvalRecord]) -> str:
     """All that was measured of a run, or of several: one line a record, by images seen."""
     ordered = sorted(records, key=lambda r: (r.run, r.nimg, r.metric != "nll", r.metric, r.split))
@@ -118,6 +105,8 @@ def _how(record: EvalRecord) -> str:
     m = record.measured
     if record.metric == "nll":
         words = [f"{m.get('mode')}, {m.get('num_timesteps')} steps"]
+    elif record.metric == "memorisation":
+        words = [f"{m.get('sampler')} {m.get('respacing')}, median of the nearest in pixels"]
     else:
         words = [f"{m.get('sampler')} {m.get('respacing')}, {m.get('feature_net')}", f"{m.get('num_reference'):,} real"]
         if m.get("guidance", 1.0) != 1.0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
@@ -355,3 +356,19 @@ def test_mistakes_are_one_message(
     with pytest.raises(UserError) as refused:
         main()
     assert said in str(refused.value)
+
+
+def test_memorisation_is_measured_against_held_out_images(export: Path, generated_data: Path, tmp_path: Path) -> None:
+    asked = EvalRequest(
+        data=generated_data / "test", metrics=("memorisation",), sampling=QUICK, train_data=generated_data / "train"
+    )
+    (record,) = evaluate(export, asked, artifacts=tmp_path, progress=False)
+    assert record.metric == "memorisation"
+    assert record.value == pytest.approx(record.details["samples"] / record.details["held_out"])
+    assert record.measured["train_data"] == ShardDataset(generated_data / "train").manifest.fingerprint
+    assert (tmp_path / "nearest_training_images.png").stat().st_size > 1000
+    with pytest.raises(UserError, match="let --data be another split"):
+        evaluate(export, dataclasses.replace(asked, data=generated_data / "train"), progress=False)
+    with pytest.raises(UserError, match="--train-data"):
+        evaluate(export, dataclasses.replace(asked, train_data=None), progress=False)
+    assert asked.key("abc") != dataclasses.replace(asked, train_data=generated_data / "test").key("abc")

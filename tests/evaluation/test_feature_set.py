@@ -16,8 +16,16 @@ from data_pipeline.dataset import ShardDataset
 from data_pipeline.errors import DataError
 from evaluation.chunks import Arrays, Chunks
 from evaluation.features import identity_of
-from evaluation.features.feature_set import BLOCK, FeatureSet, feature_arrays, gather, in_blocks, read_feature_set
-from evaluation.features.reference import published_features, real_floor, reference_features, spread
+from evaluation.features.feature_set import (
+    BLOCK,
+    FeatureSet,
+    feature_arrays,
+    gather,
+    in_blocks,
+    read_feature_set,
+    spread,
+)
+from evaluation.features.reference import published_features, real_floor, reference_features
 from evaluation.metrics.inception_score import inception_scores
 from evaluation.moments import moments_of
 from evaluation.quality import KINDS
@@ -121,6 +129,17 @@ def test_features_of_single_images_are_kept_where_they_are_wanted(tmp_path: Path
     assert read_feature_set(tmp_path, identity_of(net), data="d", num=19, with_rows=False) is None
     whole = gather(net, in_parts(arrays, []), data="d", num=20)
     assert np.array_equal(found.stats.pool.covariance, whole.stats.pool.covariance)
+
+
+def test_of_many_images_some_rows_are_kept_from_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("evaluation.features.feature_set.MAX_ROWS", 100)
+    num = 2 * BLOCK + 100
+    made = gather(ToyNet(), in_parts(BIG, []), data="d", num=num, folder=tmp_path)
+    assert np.array_equal(made.rows, BIG["pool"][spread(num, 100)])  # type: ignore[arg-type]
+    assert np.array_equal(made.stats.pool.covariance, WHOLE.stats.pool.covariance)
+    found = read_feature_set(tmp_path, identity_of(ToyNet()), data="d", num=num)
+    assert found is not None
+    assert_same(found, made)
 
 
 # ---- of a data split -------------------------------------------------------------------------------------------------

@@ -3,20 +3,32 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import subprocess
 import sys
+import time
+import tracemalloc
 import weakref
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import webdataset
 from PIL import Image
 from random_stage import make_export, make_stage
 
+from data_pipeline.dataset import ShardDataset
 from data_pipeline.errors import UserError
-from evaluation.sample import main, make_samples
+from evaluation.chunks import Chunks
+from evaluation.sample import main
+from evaluation.sample_files import read_samples, write_npz
+from evaluation.sampling_job import sample_chunks
+from trainer.diffusion.samplers import to_uint8
 from trainer.export import open_export
 from trainer.sampling import sample, sample_cascade
 
@@ -60,7 +72,7 @@ def test_two_stages_at_once_are_the_two_after_each_other(exports: tuple[Path, Pa
     grid = Image.open(tmp_path / "both.png")
     assert grid.width > 48
     account = json.loads((tmp_path / "both.json").read_text())
-    assert (account["num"], account["respacing"], len(account["exports"])) == (6, ["5"], 2)
+    assert (account["num"], account["respacing"], len(account["exports"])) == (6, ["5", "5"], 2)
     assert account["exports"][0]["weights_sha256"] == open_export(base).weights_sha256["ema"]
     assert small.shape == (6, 8, 8, 3)
 
@@ -102,20 +114,232 @@ def test_parts_of_a_base_keep_its_rows_and_classes(exports: tuple[Path, Path], t
             run(*given, *more, "--out", tmp_path / "out.npz")
 
 
-def test_one_batch_at_most_is_held_beside_the_result(tiny_config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_one_chunk_at_most_is_held(tiny_config: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = make_stage(tiny_config)
     batches: list[weakref.ref[torch.Tensor]] = []
 
     def watched(*args: Any, **kwargs: Any) -> list[torch.Tensor]:
-        assert all(batch() is None for batch in batches[:-1])
+        assert all(batch() is None for batch in batches)
         images = sample_cascade(*args, **kwargs)
         batches.append(weakref.ref(images[-1]))
         return images
 
-    monkeypatch.setattr("evaluation.sample.sample_cascade", watched)
-    images = make_samples([stage], range(3, 8), batch=1, progress=False)
+    monkeypatch.setattr("evaluation.sampling_job.sample_cascade", watched)
+    parts = sample_chunks([stage], range(3, 8), batch=1, device="cpu", chunks=Chunks())
+    images = [part["images"] for part in parts]
     assert len(batches) == 5
-    assert torch.equal(images, torch.cat([sample(stage, [number]) for number in range(3, 8)]))
+    for number, image in zip(range(3, 8), images, strict=True):
+        assert torch.equal(torch.from_numpy(image).permute(0, 3, 1, 2), sample(stage, [number]))
+
+
+def test_an_npz_is_written_as_numpy_would_without_holding_it(tmp_path: Path) -> None:
+    def parts(num: int) -> Iterator[np.ndarray]:
+        for start in range(0, num, 16):
+            yield np.full((16, 32, 32, 3), start % 251, np.uint8)
+
+    peaks = []
+    for num in (64, 2048):
+        tracemalloc.start()
+        write_npz(tmp_path / f"{num}.npz", parts(num), num=num, image_size=32, labels=[1] * num, scratch=tmp_path)
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    assert peaks[1] < peaks[0] + 64 * 2048  # the classes, no image: one has 3072 bytes
+    np.savez(tmp_path / "numpy.npz", np.concatenate(list(parts(2048))), np.array([1] * 2048))
+    assert (tmp_path / "numpy.npz").read_bytes() == (tmp_path / "2048.npz").read_bytes()
+    images, labels = read_samples(tmp_path / "2048.npz")
+    assert torch.equal(images, torch.from_numpy(np.concatenate(list(parts(2048)))).permute(0, 3, 1, 2))
+    assert labels == [1] * 2048
+    np.savez_compressed(tmp_path / "small.npz", np.ones((2, 4, 4, 3), np.uint8))
+    assert read_samples(tmp_path / "small.npz")[0].tolist() == torch.ones(2, 3, 4, 4).tolist()
+
+
+# ---- shared and interrupted jobs ----------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The numbers of the images of every batch that is made."""
+    made: list[list[int]] = []
+
+    def counted(stages: Any, numbers: Any, **options: Any) -> list[torch.Tensor]:
+        made.append(list(numbers))
+        return sample_cascade(stages, numbers, **options)
+
+    monkeypatch.setattr("evaluation.sampling_job.sample_cascade", counted)
+    return made
+
+
+def same_files(one: Path, other: Path) -> bool:
+    """Whether two results are the same bytes, but for the account's paths."""
+    if one.is_dir():
+        names = sorted(path.name for path in one.iterdir())
+        return names == sorted(path.name for path in other.iterdir()) and all(
+            (one / name).read_bytes() == (other / name).read_bytes() for name in names
+        )
+    return all(
+        one.with_suffix(suffix).read_bytes() == other.with_suffix(suffix).read_bytes()
+        for suffix in (".npz", ".png", ".json")
+    )
+
+
+@pytest.mark.parametrize("name", ["a.npz", "a"])
+def test_parts_make_the_whole_bit_for_bit(
+    exports: tuple[Path, Path], tmp_path: Path, calls: list[list[int]], name: str
+) -> None:
+    given = (*exports, "--num", 7, "--batch", 2, "--respacing", 3)
+    whole, shared = tmp_path / "one" / name, tmp_path / "two" / name
+    run(*given, "--out", whole)
+    calls.clear()
+    run(*given, "--out", shared, "--shard", "1/2")
+    assert calls == [[2, 3], [6]]
+    assert not shared.exists()
+    run(*given, "--out", shared, "--shard", "0/2")
+    assert sorted(calls) == [[0, 1], [2, 3], [4, 5], [6]]
+    assert same_files(whole, shared)
+    run(*given, "--out", shared, "--shard", "1/2")  # comes when all is over
+    assert len(calls) == 4
+    assert [path.name for path in shared.parent.iterdir() if path.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("name", ["a.npz", "a"])
+def test_an_interrupted_job_goes_on(
+    exports: tuple[Path, Path], tmp_path: Path, calls: list[list[int]], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the middle of the third batch, then in every later step: nothing is made twice."""
+    given = (exports[0], "--num", 8, "--batch", 2, "--respacing", 3)
+    whole, out = tmp_path / "one" / name, tmp_path / "two" / name
+    run(*given, "--out", whole)
+    calls.clear()
+
+    def stopped(*_: Any, **__: Any) -> None:
+        raise KeyboardInterrupt
+
+    def stop_at_third(*_: Any, **__: Any) -> None:
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+
+    for target, how in (
+        ("trainer.sampling.to_uint8", lambda images, own=to_uint8: stop_at_third() or own(images)),
+        ("evaluation.sample.save_grid", stopped),
+        ("evaluation.sample.write_json", stopped),
+        ("evaluation.sample_place.Place.remove_chunks", stopped),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(target, how)
+            with pytest.raises(KeyboardInterrupt):
+                run(*given, "--out", out)
+        if target == "trainer.sampling.to_uint8":
+            assert len(list((out.parent / f".{name}.chunks").glob("*/samples/*.npz"))) == 2
+    run(*given, "--out", out)
+    assert calls == [[0, 1], [2, 3], [4, 5], [4, 5], [6, 7]]
+    assert same_files(whole, out)
+    assert [path.name for path in out.parent.iterdir() if path.name.startswith(".")] == []
+
+
+def test_chunks_of_another_request_are_not_taken(
+    exports: tuple[Path, Path], tmp_path: Path, calls: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, _ = exports
+    given = (base, "--num", 4, "--batch", 2, "--respacing", 3)
+    changes: tuple[tuple[object, ...], ...] = (
+        ("--seed", 1), ("--guidance", 2), ("--classes", 1), ("--sampler", "ddim"), ("--respacing", 4),
+        ("--first", 1), ("--batch", 4),
+    )  # fmt: skip
+    out = tmp_path / "a.npz"
+    with monkeypatch.context() as patch:
+        patch.setattr("evaluation.sample.write_json", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run(*given, "--out", out)  # all its chunks lie there
+        for change in changes:
+            arguments = [*given, *change]
+            if "--respacing" in change:
+                arguments = [*given[:-2], *change]
+            calls.clear()
+            with pytest.raises(UserError, match="--overwrite"):
+                run(*arguments, "--out", out)
+            with suppress(KeyboardInterrupt):
+                run(*arguments, "--out", out, "--overwrite")
+            assert sum(map(len, calls)) == 4, change
+
+
+KILLS = 6
+
+
+@pytest.mark.prove
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("name", ["a.npz", "a"])
+def test_two_processes_killed_at_any_moment(exports: tuple[Path, Path], tmp_path: Path, name: str) -> None:
+    """As torchrun starts them; both are killed after a while, again and again, until they came through."""
+    given = [str(exports[0]), "--num", "64", "--batch", "2", "--respacing", "40", "--num-threads", "1"]
+    whole, out = tmp_path / "one" / name, tmp_path / "two" / name
+    run(*given, "--out", whole)
+    rng = np.random.default_rng(0)
+    for attempt in range(KILLS + 1):
+        jobs = [
+            subprocess.Popen(
+                [sys.executable, "-m", "evaluation.sample", *given, "--out", str(out)], cwd=ROOT,
+                env=os.environ | {"RANK": str(rank), "WORLD_SIZE": "2"},
+            )
+            for rank in range(2)
+        ]  # fmt: skip
+        if attempt < KILLS:
+            time.sleep(rng.uniform(2.0, 8.0))
+            for job in jobs:
+                job.send_signal(signal.SIGKILL)
+        codes = [job.wait(timeout=120) for job in jobs]
+    assert codes == [0, 0]
+    assert same_files(whole, out)
+
+
+# ---- shards -------------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_is_a_data_split(exports: tuple[Path, Path], tmp_path: Path) -> None:
+    base, _ = exports
+    given = ("--num", 5, "--first", 2, "--classes", "3,-1")
+    images, classes = made(tmp_path / "a.npz", base, *given)
+    run(base, *given, "--respacing", 5, "--out", tmp_path / "a")
+    dataset = ShardDataset(tmp_path / "a")
+    found, labels = dataset.read(np.arange(5))
+    assert np.array_equal(found.transpose(0, 2, 3, 1), images)
+    assert labels.tolist() == classes.tolist() == [3, -1, 3, -1, 3]
+    manifest = dataset.manifest
+    assert (manifest.split, manifest.num_classes, manifest.source.kind) == ("samples", 4, "samples")
+    assert manifest.source.options["stage1.weights_sha256"] == open_export(base).weights_sha256["ema"]
+    assert (manifest.source.options["stage1.respacing"], manifest.source.options["seed"]) == ("5", 0)
+    account = json.loads((tmp_path / "a" / "account.json").read_text())
+    assert account["fingerprint"] == manifest.fingerprint
+    assert Image.open(tmp_path / "a" / "grid.png").width > 8
+    tar = str(tmp_path / "a" / manifest.shards[0].file)
+    plain = list(webdataset.WebDataset(tar, shardshuffle=False).decode("rgb8").to_tuple("__key__", "png"))
+    assert [key for key, _ in plain] == [f"{number:09d}" for number in range(2, 7)]
+    assert np.array_equal(np.stack([image for _, image in plain]), images)
+
+
+def test_a_folder_of_other_things_is_never_replaced(exports: tuple[Path, Path], tmp_path: Path) -> None:
+    base, _ = exports
+    given = (base, "--num", 2, "--respacing", 3, "--out", tmp_path / "a")
+    run(*given)
+    with pytest.raises(UserError, match="--overwrite"):
+        run(*given, "--seed", 1)
+    run(*given, "--seed", 1, "--overwrite")
+    assert json.loads((tmp_path / "a" / "account.json").read_text())["seed"] == 1
+    dear = tmp_path / "dear"
+    dear.mkdir()
+    (dear / "thesis.txt").write_text("dear")
+    with pytest.raises(UserError, match="holds other things than samples"):
+        run(*given[:-1], dear, "--overwrite")
+    assert (dear / "thesis.txt").read_text() == "dear"
+
+
+def test_damaged_samples_are_not_blamed_on_a_source_of_images(exports: tuple[Path, Path], tmp_path: Path) -> None:
+    run(exports[0], "--num", 2, "--respacing", 3, "--out", tmp_path / "a")
+    (tmp_path / "a" / "shard-000000.tar").unlink()
+    with pytest.raises(UserError, match=r"Remove .*/a and make it anew with python -m evaluation.sample"):
+        ShardDataset(tmp_path / "a")
+
+
+# ---- refusals -----------------------------------------------------------------------------------------------------
 
 
 def test_results_are_replaced_only_when_asked(exports: tuple[Path, Path], tmp_path: Path) -> None:
@@ -140,7 +364,7 @@ def nothing_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
     def sampled(*_: Any, **__: Any) -> None:
         raise AssertionError("sampled")
 
-    monkeypatch.setattr("evaluation.sample.make_samples", sampled)
+    monkeypatch.setattr("evaluation.sample.sample_chunks", sampled)
 
 
 def refused(out: Path, *arguments: object) -> str:
@@ -165,6 +389,13 @@ def test_what_does_not_fit_is_refused(exports: tuple[Path, Path], tmp_path: Path
         ((base, upsampler, "--respacing", "5", "--respacing", "101"), "101 steps were asked of 100"),
         ((base, "--respacing", "5", "--respacing", "6"), "2 times for 1"),
         ((base, "--eta", "0.5"), "eta=0.5"),
+        ((base, upsampler, "--guidance", "2"), "guidance=2: upsampler has no null class"),
+        ((classless, "--guidance", "0"), "guidance=0: tiny has no null class"),
+        ((base, "--guidance", "2", "--guidance", "1"), "--guidance was given 2 times for 1"),
+        ((base, "--guidance", "2", "--classes", "1,-1"), "guidance=2: class -1 (none) is nothing to be guided to"),
+        ((base, "--guidance", "0", "--classes", "1"), "--classes 1: these networks know no classes"),
+        ((base, "--guidance=-1"), "guidance=-1"),
+        ((base, "--shard", "2/2"), "--shard 2/2"),
         ((base, "--num", "0"), "--num 0"),
         ((base, "--num-threads", "0"), "--num-threads 0 is too small"),
         ((base, "--num-threads", "-1"), "--num-threads -1 is too small"),
@@ -216,6 +447,7 @@ def test_a_place_that_cannot_be_written_is_refused(exports: tuple[Path, Path], t
         ("folder.npz", "folder.npz is a folder"),
         ("grid.npz", "grid.png is a folder"),
         ("file/a.npz", "file is a file, not a folder"),
+        ("file", "file is a file; add .npz"),
         ("file/b/a.npz", "file is a file, not a folder"),
     ):
         assert message in refused(tmp_path / out, base, "--overwrite")

@@ -14,7 +14,7 @@ import pytest
 from scaling_points import curve_points, point, study
 
 from data_pipeline.errors import DataError
-from evaluation.report.tables import distance_table, law_report
+from evaluation.report.tables import law_report
 from evaluation.scaling.bootstrap import Bootstrap, bootstrap
 from evaluation.scaling.frontier import find_frontier, slopes_by_run, slopes_by_size
 from evaluation.scaling.holdout import hold_out
@@ -253,13 +253,6 @@ def test_law_json_and_report() -> None:
     for p in law.frontier.candidates:
         assert p.run in report
     assert max(len(line) for line in report.splitlines() if line.startswith("  *")) < 140
-
-
-def test_distance_table_names_n_and_floor() -> None:
-    text = distance_table(study()[:2], num_samples=256, floor=512.34)
-    assert "real against real" in text
-    assert "512.3" in text
-    assert text.count("256") == 3
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:
