@@ -9,7 +9,7 @@ network calls a sweep over all timesteps takes for the same standard error of a 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,9 @@ from data_pipeline.dataset import ShardDataset
 from data_pipeline.errors import UserError, run_cli
 from data_pipeline.files import write_json
 from data_pipeline.progress import progress_bar
-from evaluation.chunks import Chunks
+from evaluation.chunks import Chunks, concatenated
 from evaluation.device import pick_device
-from evaluation.nll.plan import Plan, exact_plan
+from evaluation.nll.plan import Plan, sweep_images, sweep_plan
 from evaluation.nll.rounds import Drawn, bound, draw
 from evaluation.nll.settings import NllSettings
 from evaluation.nll.summary import Mean
@@ -50,7 +50,7 @@ class Table:
         """Variance of an image's bound over the noises of one sweep, one noise a timestep."""
         return float(self.bits.var(axis=2, ddof=1, dtype=np.float64).sum(axis=1).mean())
 
-    def look(self, plan: Plan, kind: str, *, seed: int) -> Terms:
+    def look(self, plan: Plan, kind: str, final: bool, *, seed: int) -> Terms:
         """What the calls of a plan see, each with one of its image's noises."""
         rng = np.random.default_rng([seed, len(kind), plan.noise_start])
         noise = rng.integers(self.bits.shape[2], size=len(plan))
@@ -128,7 +128,7 @@ def saving(table: Table, settings: NllSettings, found: Calibration) -> Saving:
     num_timesteps = table.bits.shape[1]
     many = 100 * settings.num_calls
     plan = draw(
-        [lambda plan, kind: _nothing(len(plan))], settings, num_timesteps, many, seed=0, stderr=lambda d: 0.0
+        [lambda plan, kind, final: _nothing(len(plan))], settings, num_timesteps, many, seed=0, stderr=lambda d: 0.0
     ).plan  # fmt: skip
     visits = np.unique(plan.image, return_counts=True)[1]
     images = float(table.by_image.var(ddof=1))
@@ -152,17 +152,24 @@ def measure_table(export: Path, data: Path, num_images: int, num_noises: int, fo
     if num_images > len(dataset):
         raise UserError(f"--num-images {num_images}: {data} has {len(dataset):,} images.")
     diffusion = subject.diffusion()
-    sweep = exact_plan(diffusion.num_timesteps, len(dataset), num_images, seed=0)
+    images = sweep_images(len(dataset), num_images, seed=0)
     shape = (num_images, diffusion.num_timesteps)
-    bits = []
+    chunks, bits = Chunks(folder / f"{subject.sha256[:16]}-{dataset.manifest.fingerprint[:16]}"), []
     for noise in range(num_noises):
         look = NetworkTerms(
-            subject.condition, diffusion, dataset, 0, subject.device, True, Chunks(folder),
+            subject.condition, diffusion, dataset, 0, subject.device, True, chunks,
             f"noise {noise + 1} of {num_noises}",
         )  # fmt: skip
-        terms = look(replace(sweep, noise_start=noise * len(sweep)), f"noise{noise}", diffusion.num_timesteps)
-        bits.append(terms.bits.reshape(shape))
-    return Table(np.stack(bits, axis=2), terms.prior.reshape(shape)[:, 0])
+        plan_of = partial(_sweep_plan, images, diffusion.num_timesteps, noise)
+        terms = concatenated(look.stream(num_images, plan_of, f"noise{noise}"))
+        bits.append(terms["bits"].reshape(shape))
+    return Table(np.stack(bits, axis=2), terms["prior"].reshape(shape)[:, 0])
+
+
+def _sweep_plan(images: NDArray[np.int64], num_timesteps: int, noise: int, number: int) -> Plan:
+    return sweep_plan(
+        int(images[number]), num_timesteps, noise_start=(noise * len(images) + number) * num_timesteps
+    )  # fmt: skip
 
 
 def main() -> int:

@@ -46,7 +46,7 @@ class Display(Watcher):
             self.say(f"error: {job.key} failed {verdict.attempts} times, given up: {verdict.message}")
         elif isinstance(job, TrialJob):
             self.say(f"trained    {self._folder.trials[job.key].label:8} in {seconds}")
-        else:
+        elif job.shard[0] == 0:  # which writes the result of all shards
             found = json.loads(job.out.read_text())["records"]
             values = ", ".join(
                 f"{r['metric']} {r['split']} {r['value']:.4g}" + (f" ± {r['stderr']:.2g}" if r["stderr"] else "")

@@ -176,9 +176,10 @@ def _key(request: Any, weights_sha256: str) -> str:
 
 @lru_cache(maxsize=4096)
 def _weights(export: Path, weights: str) -> str:
-    """Hash of an export's weights; an export never changes."""
-    digest: str = json.loads((export / "manifest.json").read_text())["files"][f"{weights}.safetensors"]["sha256"]
-    return digest
+    """What names an export's network; an export never changes."""
+    from evaluation.subject import identity_in_manifest
+
+    return identity_in_manifest(json.loads((export / "manifest.json").read_text())["files"], weights)
 
 
 def _last_line(path: Path) -> bytes:

@@ -14,7 +14,6 @@ import os
 import re
 import shutil
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +32,7 @@ Make = Callable[[int, Advance], Arrays]  # chunk's number -> what it gives
 
 PATIENCE_SECONDS = 120.0
 _LOOK_SECONDS = 0.2
+_COUNT = "num_arrays"  # kept in a chunk's file: a damaged archive may have lost some
 
 
 class FinishedElsewhere(Exception):
@@ -52,11 +52,13 @@ class Shard:
 
 def shard_of(text: str | None) -> Shard:
     """`--shard 0/2`; without it, a launcher's RANK and WORLD_SIZE; without them, the only one. Raises UserError."""
+    where = f"--shard {text}"
     if text is None:
-        return Shard(int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")))
+        rank, world_size = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
+        text, where = f"{rank}/{world_size}", f"RANK={rank} and WORLD_SIZE={world_size} in the environment"
     match = re.fullmatch(r"(\d+)/(\d+)", text)
     if match is None or not int(match[1]) < int(match[2]):
-        raise UserError(f"--shard {text}: a number from 0 and how many there are is expected, such as 0/2 and 1/2.")
+        raise UserError(f"{where}: a number from 0 and how many there are is expected, such as 0/2 and 1/2.")
     return Shard(int(match[1]), int(match[2]))
 
 
@@ -77,6 +79,7 @@ class Chunks:
         self._folder, self._result, self._patience = folder, result, patience
         self.shard = shard or Shard()
         self._absent: set[int] = set()  # processes that brought nothing for so long
+        self._slowest = 0.0  # seconds that a chunk took here
         assert folder is not None or self.shard.count == 1, "processes meet in a folder"
 
     def results(
@@ -124,18 +127,26 @@ class Chunks:
     def _make(self, folder: Path, number: int, make: Make, advance: Advance) -> Arrays:
         if self._finished():
             raise FinishedElsewhere
+        began = time.monotonic()
         arrays = make(number, advance)
+        self._slowest = max(self._slowest, time.monotonic() - began)
         buffer = io.BytesIO()
-        np.savez(buffer, **arrays)  # type: ignore[arg-type]
+        np.savez(buffer, **arrays, **{_COUNT: np.int64(len(arrays))})  # type: ignore[arg-type]
         write_atomic(_path(folder, number), buffer.getvalue())
+        if self._finished():  # whoever wrote the result has removed the chunks
+            self.remove()
+            raise FinishedElsewhere
         return arrays
 
     def _found(self, folder: Path, number: int) -> Arrays | None:
-        """A chunk that is there; None for one that is not, or is damaged."""
+        """A chunk that is there; None for one that is not, or is damaged in whatever way."""
         try:
             with np.load(_path(folder, number), allow_pickle=False) as file:
-                return dict(file)
-        except (FileNotFoundError, ValueError, EOFError, zipfile.BadZipFile):
+                arrays = dict(file)
+            return arrays if int(arrays.pop(_COUNT)) == len(arrays) else None
+        except PermissionError:
+            raise
+        except Exception:  # a damaged archive has many ways to say so
             return None
 
     def _awaited(self, folder: Path, number: int, make: Make) -> Arrays:
@@ -144,9 +155,10 @@ class Chunks:
         while (arrays := self._found(folder, number)) is None:
             if self._finished():
                 raise FinishedElsewhere
-            if owner in self._absent or time.monotonic() - since > self._patience:
+            patience = max(self._patience, 3 * self._slowest)  # others may be at one that takes its time
+            if owner in self._absent or time.monotonic() - since > patience:
                 if owner not in self._absent:
-                    say(f"part {owner} of {self.shard.count} has brought nothing for {self._patience:g} s: made here.")
+                    say(f"part {owner} of {self.shard.count} has brought nothing for {patience:.0f} s: made here.")
                 self._absent.add(owner)
                 return self._make(folder, number, make, lambda units: None)
             time.sleep(_LOOK_SECONDS)
@@ -177,4 +189,7 @@ def _path(folder: Path, number: int) -> Path:
 
 
 def _num_there(folder: Path) -> int:
-    return len(os.listdir(folder)) if folder.exists() else 0
+    try:
+        return len(os.listdir(folder))
+    except FileNotFoundError:
+        return 0

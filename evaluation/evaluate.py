@@ -26,6 +26,7 @@ from evaluation.report.tables import metrics_table
 from evaluation.request import MEMORISATION, EvalRequest
 from evaluation.results import (
     artifacts_of,
+    check_out,
     chunks_of,
     holds,
     key_of,
@@ -154,6 +155,8 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _request(a: argparse.Namespace) -> EvalRequest:
+    if a.ensemble is None and a.ensemble_below:
+        raise UserError(f"--ensemble-below {a.ensemble_below} is for --ensemble EXPORT; give both, or neither.")
     how = {"sampler": a.sampler, "respacing": a.respacing, "eta": a.eta, "guidance": a.guidance}
     return EvalRequest(
         data=a.data, metrics=tuple(m for m in a.metrics.split(",") if m), weights=a.weights, seed=a.seed,
@@ -173,10 +176,13 @@ def main() -> int:
     request.check()
     export = open_export(a.export)
     result = a.out or result_path(export, request)
+    if a.out is not None:
+        check_out(a.out, key_of(export, request))
     written = evaluate_to(result, export, request, shard=shard)
     if written and not a.no_mlflow and a.out is None:
         send_to_mlflow(export)
     if shard.index != 0:
+        print(f"part {shard.index} of {shard.count} is done; part 0 writes {result}", file=sys.stderr)
         return 0
     records = read_records(result)
     print(json.dumps([r.to_json() for r in records], indent=2) if a.json else metrics_table(records))

@@ -11,7 +11,8 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from dataclasses import asdict, dataclass
+import tempfile
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from evaluation.quality import INCEPTION, Measured, check_gives, check_kinds, ne
 from evaluation.statistics import UNKNOWN, FeatureIdentity, FeatureStats, read_stats, says_its_net, write_stats
 
 DEFAULT_NET = "efflite0"
+_ORDER_NOTE = "inception score: its parts are in the order of a folder's files; where that is by class, it is too low."
 _INCEPTION_DIM = 2048  # of its pooled features, the only ones whose distance is FID
 
 EPILOG = """\
@@ -44,6 +46,9 @@ metrics:
   is                inception score of A: mean over ten parts, ± its standard error
   kd (kid)          kernel distance: mean over 100 subsets of 1,000 images, ± its standard error; unbiased
   precision,recall  improved precision and recall, k = 3
+
+The parts of IS are taken in the order of the images, in a folder that of its files. Where classes follow one another
+(a folder for each, say), each part holds only some of them and IS comes out too low: give the images in random order.
 
 The names fid, sfid and kid are kept for Inception-v3, the only net whose figures may stand beside published ones.
 Another net's are called fd_NET, kd_NET and so on. Without --feature-net, the net is the one that a file of statistics
@@ -78,6 +83,8 @@ def main() -> int:
         net = get_feature_net(net_name, device=str(device), weights=a.feature_weights)
     samples, reference = (_features(one, net, num=a.num, cache=a.cache, with_rows=with_rows) for one in inputs)
     found = quality(samples, reference, kinds, device=str(device))
+    if "is" in found and a.a.is_dir():
+        found["is"] = _noted(found["is"], _ORDER_NOTE)
     if a.save is not None:
         write_stats(a.save, samples.stats)
     values = {record_name(kind, net_name): value for kind, value in found.items()}
@@ -161,8 +168,19 @@ def _check_num(num: int | None, inputs: list[_Input]) -> None:
 
 
 def _check_save(save: Path | None) -> None:
-    if save is not None and save.suffix != ".npz":
+    """Make the folder and see that it can be written to, before there is work to lose."""
+    if save is None:
+        return
+    if save.suffix != ".npz":
         raise UserError(f"--save {save} must end in .npz.")
+    if save.is_dir():
+        raise UserError(f"--save {save} is a folder; name a file that is to be made.")
+    try:
+        save.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=save.parent, prefix="."):
+            pass
+    except OSError as error:
+        raise UserError(f"--save {save} cannot be written ({error}): name another place.") from None
 
 
 def _device(name: str | None) -> torch.device:
@@ -174,6 +192,10 @@ def _device(name: str | None) -> torch.device:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise UserError(f"--device {name}: there are {torch.cuda.device_count()} GPUs here.")
     return device
+
+
+def _noted(measured: Measured, note: str) -> Measured:
+    return replace(measured, details=measured.details | {"notes": [*measured.details.get("notes", []), note]})
 
 
 def _account(one: _Input, features: FeatureSet) -> dict[str, Any]:

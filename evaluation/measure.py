@@ -19,7 +19,7 @@ from evaluation.features.feature_set import FeatureSet, feature_arrays, gather, 
 from evaluation.features.reference import published_features, real_floor, reference_features
 from evaluation.neighbours import memorisation, nearest, neighbour_figure
 from evaluation.nll.estimate import estimate_nll
-from evaluation.quality import Measured, need_rows, quality, record_name
+from evaluation.quality import Measured, check_gives, need_rows, quality, record_name
 from evaluation.request import MEMORISATION, EvalRequest
 from evaluation.sampling_job import sample_chunks
 from evaluation.subject import Subject
@@ -95,6 +95,10 @@ class Evaluation:
         request = self.request
         net = get_feature_net(request.feature_net, device=str(self.subject.device), weights=request.feature_weights)
         reference = self._reference(net)
+        check_gives(
+            reference.stats, request.kinds, has_rows=reference.rows is not None, whose="the reference",
+            is_reference=True,
+        )  # fmt: skip
         floor = self._floor(net)
         seeds = [request.seed + repeat for repeat in range(request.repeats)]
         device = str(self.subject.device)
@@ -139,7 +143,9 @@ class Evaluation:
 
     @property
     def _cache(self) -> Path | None:
-        return self.request.data / ".features" if os.access(self.request.data, os.W_OK) else None
+        """Beside the data; where that cannot be written to, what is there is used all the same."""
+        folder = self.request.data / ".features"
+        return folder if folder.exists() or os.access(self.request.data, os.W_OK) else None
 
     def _samples(self, net: FeatureNet, seed: int) -> FeatureSet:
         """Features of the samples of one seed; the images themselves are kept of the first few alone."""

@@ -30,8 +30,9 @@ from evaluation.nll.rounds import Drawn, Look, bound, differences, draw
 from evaluation.nll.settings import NllSettings
 from evaluation.nll.summary import Mean
 from evaluation.nll.terms import NetworkTerms, Terms
-from evaluation.results import chunks_of, run_of
-from evaluation.subject import Subject, open_subject
+from evaluation.request import DEFINITION, EvalRequest
+from evaluation.results import chunks_of, holds, run_of
+from evaluation.subject import Subject, open_subject, weights_identity
 
 
 def compare(
@@ -44,10 +45,10 @@ def compare(
 
     Raises:
         UserError: fewer than two exports, chains of different lengths, data that does not fit, an exact sweep.
-        FinishedElsewhere: another process has written the result.
+        FinishedElsewhere: the result is another process's to write: this one, not the first, has done its part.
     """
     num_timesteps = _check(subjects, dataset, settings)
-    looks: list[Look] = []
+    looks: list[Look] = []  # the first process writes the result: the others leave when theirs is done
     for number, subject in enumerate(subjects):
         terms = NetworkTerms(
             subject.condition, subject.diffusion(settings.respacing), dataset, seed, subject.device,
@@ -55,7 +56,8 @@ def compare(
         )  # fmt: skip
         looks.append(partial(_look, terms, number))
     drawn = draw(
-        looks, settings, num_timesteps, len(dataset), seed=seed, stderr=partial(_largest_error, len(dataset))
+        looks, settings, num_timesteps, len(dataset), seed=seed, stderr=partial(_largest_error, len(dataset)),
+        final=True,
     )  # fmt: skip
     return _result(subjects, drawn, dataset, settings, seed)
 
@@ -74,13 +76,13 @@ def _check(subjects: Sequence[Subject], dataset: ShardDataset, settings: NllSett
         each = ", ".join(f"{s.export.path} {n}" for s, n in zip(subjects, steps, strict=True))
         raise UserError(
             f"the chains have different numbers of steps ({each}), so they have no timesteps in common; compare them "
-            "with --respacing, such as 100, or by evaluation.evaluate one by one."
+            "with --nll-respacing, such as 100, or by evaluation.evaluate one by one."
         )
     return steps[0]
 
 
-def _look(terms: NetworkTerms, number: int, plan: Plan, kind: str) -> Terms:
-    return terms(plan, f"{kind}-network{number}")
+def _look(terms: NetworkTerms, number: int, plan: Plan, kind: str, final: bool) -> Terms:
+    return terms(plan, f"{kind}-network{number}", final)
 
 
 def _largest_error(num_images: int, drawn: Drawn) -> float:
@@ -119,7 +121,13 @@ def _json(mean: Mean) -> dict[str, Any]:
 
 
 def _key(subjects: Sequence[Subject], dataset: ShardDataset, settings: NllSettings, seed: int) -> str:
-    content = [[s.sha256 for s in subjects], dataset.manifest.fingerprint, asdict(settings), seed]
+    content = [
+        DEFINITION,
+        [weights_identity(s.export, s.weights) for s in subjects],
+        dataset.manifest.fingerprint,
+        asdict(settings),
+        seed,
+    ]
     return hashlib.sha256(json.dumps(content).encode()).hexdigest()[:16]
 
 
@@ -148,22 +156,27 @@ def main() -> int:
     parser.add_argument("--weights", default="ema", help="ema, model (the bare ones), or such as ema_0.999")
     parser.add_argument("--num-calls", type=int, default=2048, help="network calls for each export: the budget")
     parser.add_argument("--target-stderr", type=float, help="stop when all differences are this sure, in bits/dim")
-    parser.add_argument("--respacing", help="the bound of a shorter chain, such as 100 or ddim50")
+    parser.add_argument("--nll-respacing", help="the bound of a shorter chain, such as 100 or ddim50")
+    parser.add_argument("--mode", choices=("importance", "uniform"), default="importance", help="how t is drawn")
+    parser.add_argument("--no-clip", action="store_true", help="do not bound the predicted x_0 to [-1, 1]")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--shard", help="this process's part, such as 0/2 (default: a launcher's RANK and WORLD_SIZE)")
     parser.add_argument("--num-threads", type=int, help="CPU threads")
     parser.add_argument("--json", action="store_true", help="print the result as JSON")
     a = parser.parse_args()
-    if a.seed < 0:
-        raise UserError(f"--seed {a.seed} is too small; use 0 or more.")
-    settings = NllSettings(num_calls=a.num_calls, target_stderr=a.target_stderr, respacing=a.respacing)
+    settings = NllSettings(
+        mode=a.mode, num_calls=a.num_calls, target_stderr=a.target_stderr, respacing=a.nll_respacing,
+        clip_denoised=not a.no_clip,
+    )  # fmt: skip
+    # As an evaluation of each would be refused.
+    EvalRequest(data=a.data, weights=a.weights, seed=a.seed, nll=settings, num_threads=a.num_threads).check()
     device, dataset, shard = pick_device(a.num_threads), ShardDataset(a.data), shard_of(a.shard)
     subjects = [open_subject(path, weights=a.weights, device=device) for path in a.exports]
     _check(subjects, dataset, settings)
     first = subjects[0].export
     key = _key(subjects, dataset, settings, a.seed)
     path = (run_of(first) or first.path.resolve()) / "paired" / f"{key}.json"
-    if not path.exists():
+    if not holds(path, key):
         path.parent.mkdir(parents=True, exist_ok=True)
         chunks = Chunks(chunks_of(path, key), shard=shard, result=path)
         try:
@@ -171,7 +184,7 @@ def main() -> int:
         except FinishedElsewhere:
             return 0
         if shard.index == 0:
-            write_json(path, found)
+            write_json(path, {"key": key, **found})
             chunks.remove()
     if shard.index == 0:
         result = json.loads(path.read_text())

@@ -27,6 +27,8 @@ INCEPTION = "inception"
 _INCEPTION_NAMES = {"fd": "fid", "sfd": "sfid", "kd": "kid"}
 _ALIASES = {name: kind for kind, name in _INCEPTION_NAMES.items()}
 _ONLY_INCEPTION = {"sfd": "spatial features", "is": "class probabilities"}
+# Images of either set that a metric needs at least.
+FEWEST = {"fd": 2, "sfd": 2, "is": 2, "kd": 4, "precision": NEIGHBOURS + 1, "recall": NEIGHBOURS + 1}
 NEED_ROWS = ("kd", "precision", "recall")  # the features of single images
 
 
@@ -60,9 +62,9 @@ def check_kinds(kinds: Sequence[str], net: str, *, others: Sequence[str] = ()) -
         if net != INCEPTION:
             remedy = "use --feature-net inception --feature-weights FILE"
             if kind in _ONLY_INCEPTION:
-                raise UserError(f"{name} is of {_ONLY_INCEPTION[kind]}, which {net} does not give: {remedy}.")
+                raise UserError(f"{name!r} is of {_ONLY_INCEPTION[kind]}, which {net} does not give: {remedy}.")
             if name in _ALIASES:
-                raise UserError(f"{name} is of Inception-v3's features, not {net}'s: {remedy}, or ask for {kind}.")
+                raise UserError(f"{name!r} is of Inception-v3's features, not {net}'s: {remedy}, or ask for {kind}.")
         found.append(kind)
     if not found:
         raise UserError(f"no metric is asked for; known: {', '.join((*KINDS, *_ALIASES))}.")
@@ -94,7 +96,9 @@ def check_gives(stats: FeatureStats, kinds: Sequence[str], *, has_rows: bool, wh
         else:
             continue
         name = record_name(kind, stats.identity.net)
-        raise DataError(f"{name} needs {missing}, which {whose} does not hold: give the images, or leave {name} out.")
+        raise DataError(
+            f"{name!r} needs {missing}, which {whose} does not hold: give the images, or leave {name!r} out."
+        )
 
 
 def quality(

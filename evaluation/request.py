@@ -14,14 +14,14 @@ from data_pipeline.files import sha256_file
 from data_pipeline.manifest import Manifest
 from evaluation.ensemble import Ensemble
 from evaluation.nll.settings import NllSettings
-from evaluation.quality import KINDS, check_kinds
+from evaluation.quality import FEWEST, KINDS, check_kinds
 from trainer.config import SamplingConfig
 from trainer.export import Weights
 
 MEMORISATION = "memorisation"
 OTHERS = ("nll", MEMORISATION)  # metrics that are not of a feature net
 # Part of every key: raised when a metric's definition changes, so that values of before are not taken for new ones.
-DEFINITION = 2
+DEFINITION = 3
 
 
 @dataclass(frozen=True)
@@ -51,15 +51,15 @@ class EvalRequest:
         names = [metric for metric in self.metrics if metric not in OTHERS]
         return check_kinds(names, self.feature_net, others=OTHERS) if names else ()
 
-    def key(self, weights_sha256: str) -> str:
-        """Names the evaluation of these weights (see `subject.weights_identity`)."""
+    def key(self, network: str) -> str:
+        """Names the evaluation of a network, which `subject.weights_identity` names."""
         content = {
             "definition": DEFINITION,
             "metrics": {metric: self.settings(metric) for metric in self._asked},
             "weights": self.weights,
             "seed": self.seed,
             "data": Manifest.load(self.data).fingerprint,
-            "weights_sha256": weights_sha256,
+            "network": network,
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
 
@@ -100,8 +100,9 @@ class EvalRequest:
                 raise UserError(f"--{name.replace('_', '-')} {value} is too small; use {least} or more.")
             if value is not None and value >= 2**63:
                 raise UserError(f"--{name.replace('_', '-')} {value} is too large; use less than 2**63.")
-        if self.kinds and self.num_samples < 2:
-            raise UserError(f"--num-samples {self.num_samples}: sets of images are compared; use 2 or more.")
+        least = max((FEWEST[kind] for kind in self.kinds), default=0)
+        if self.num_samples < least:
+            raise UserError(f"--num-samples {self.num_samples} are too few for these metrics; use {least} or more.")
         for path in (self.reference, self.feature_weights):
             if path is not None and not path.is_file():
                 raise UserError(f"{path}: no such file.")

@@ -52,16 +52,25 @@ def chunks_of(result: Path, key: str) -> Path:
 
 
 def holds(result: Path, key: str) -> bool:
-    """Whether the file is there. Raises UserError when it is another evaluation's."""
+    """Whether the file is there. Raises UserError when it is another evaluation's, or no file of records at all."""
     if not result.exists():
         return False
     try:
         found = json.loads(result.read_text())["key"]
-    except (ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError):
         found = None
     if found != key:
         raise UserError(f"{result} is not the result of this evaluation; name another --out, or delete it.")
     return True
+
+
+def check_out(result: Path, key: str) -> None:
+    """Raises UserError for a file of the user's choice beside which something of theirs would be overwritten."""
+    if result.suffix != ".json":
+        raise UserError(f"--out {result} must end in .json.")
+    folder = artifacts_of(result)
+    if folder.exists() and not result.exists() and not chunks_of(result, key).exists():
+        raise UserError(f"--out {result}: pictures and arrays go to {folder}, which exists; give another name.")
 
 
 def write_records(path: Path, key: str, records: Sequence[EvalRecord], request: EvalRequest) -> None:
@@ -99,5 +108,9 @@ def send_to_mlflow(export: Export) -> None:
         return
     environment = dict(os.environ) | ({"MLFLOW_TRACKING_URI": tracking.uri} if tracking.uri else {})
     command = [sys.executable, "-m", "trainer.tracking.mlflow_sync", str(run), "--experiment", tracking.experiment]
-    if subprocess.run(command, env=environment, stdout=subprocess.DEVNULL, check=False).returncode != 0:
-        print("warning: MLflow was not reached; the records are in the run folder.", file=sys.stderr)
+    done = subprocess.run(
+        command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, check=False
+    )
+    if done.returncode != 0:
+        why = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        print(f"warning: not sent to MLflow ({why}); the records are in the run folder.", file=sys.stderr)

@@ -19,7 +19,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -47,6 +46,7 @@ from trainer.grid import save_grid
 from trainer.sampling import Stage, check_cascade, check_guidance
 
 GRID_IMAGES = 64
+MAX_IMAGES = 100_000_000  # their list of chunks and of classes still fits in memory
 T = TypeVar("T")
 
 
@@ -128,6 +128,8 @@ def _request(a: argparse.Namespace) -> Request:
     )
     labels = None
     if a.classes is not None:
+        if not num_classes and any(config.model.num_classes for config in configs):
+            raise UserError(f"--classes {a.classes}: --guidance 0 samples without classes; leave one of the two out.")
         if not num_classes:
             raise UserError(f"--classes {a.classes}: these networks know no classes; leave it out.")
         labels = _labels(a.classes, numbers)
@@ -208,13 +210,20 @@ def _parse() -> argparse.Namespace:
 
 
 def _check_numbers(a: argparse.Namespace) -> None:
-    for name, least in (("num", 1), ("first", 0), ("batch", 1), ("seed", 0), ("num_threads", 1)):
+    for name, least, most in (
+        ("num", 1, MAX_IMAGES), ("first", 0, MAX_IMAGES - 1), ("batch", 1, 2**63 - 1), ("seed", 0, 2**63 - 1),
+        ("num_threads", 1, 2**63 - 1),
+    ):  # fmt: skip
         value = getattr(a, name)
         option = f"--{name.replace('_', '-')} {value}"
         if value is not None and value < least:
             raise UserError(f"{option} is too small; use {least} or more.")
-        if value is not None and value >= 2**63:
-            raise UserError(f"{option} is too large; use less than 2**63.")
+        if value is not None and value > most:
+            raise UserError(f"{option} is too large; use {most} or less.")
+    if a.first + (a.num or 1) > MAX_IMAGES:
+        raise UserError(
+            f"--first {a.first} and --num {a.num}: images have the numbers 0 to {MAX_IMAGES - 1}; lower one of the two."
+        )
 
 
 def main() -> int:
@@ -238,7 +247,8 @@ def main() -> int:
         Stage(export.network(request.weights).to(device), export.config, sampling)
         for export, sampling in zip(request.exports, request.samplings, strict=True)
     ]
-    chunks = Chunks(work, shard=shard, result=place.account)
+    # An account that is there tells of what part 0 will replace, not that this job is done.
+    chunks = Chunks(work, shard=shard, result=None if place.account.exists() else place.account)
     parts = sample_chunks(
         stages, request.numbers, base=request.base, labels=request.labels, seed=request.seed, batch=request.batch,
         device=device, chunks=chunks, title="samples", final=True,
@@ -262,10 +272,12 @@ def _write(place: Place, request: Request, parts: Iterator[Arrays], options: dic
     watched, account = _watched(parts, first), request.account(options, key)
     images = chain([next(watched)], watched)  # with the first one, all of this process are made: now put them together
     if not place.is_folder:
+        made = place.chunks / key / place.out.name
         write_npz(
-            place.out, images, num=len(request.numbers), image_size=request.image_size, labels=request.labels,
-            scratch=place.chunks / key,
+            made, images, num=len(request.numbers), image_size=request.image_size, labels=request.labels,
+            scratch=made.parent,
         )  # fmt: skip
+        place.replace_images(made)
         _write_grid(first, place.files[1])
         write_json(place.account, account | {"sha256": sha256_file(place.out)})
         return
@@ -278,7 +290,8 @@ def _write(place: Place, request: Request, parts: Iterator[Arrays], options: dic
         _write_grid(first, result.files[1])
         write_json(result.account, account | {"fingerprint": manifest.fingerprint})
         if place.out.exists():
-            shutil.rmtree(place.out)  # samples, which may be replaced: `make_room` has seen to that
+            # Samples, which may be replaced (`make_room` has seen to that); removed with the workspace.
+            place.out.rename(building.scratch / "replaced")
         building.publish()
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.errors import UserError
+from data_pipeline.files import fsync_file
 from data_pipeline.manifest import FILE_NAME, SAMPLES, Manifest
 
 
@@ -40,12 +41,14 @@ class Place:
 
     def check(self) -> None:
         """Raises UserError where the results could not be written."""
+        if self.out.name in ("", ".."):
+            raise UserError(f"--out {self.out} has no name of its own: name a folder, or a file samples.npz, in it.")
         if self.out.suffix not in ("", ".npz"):
             raise UserError(f"--out {self.out} must end in .npz, or be the name of a folder, without a suffix.")
         for path in self.files:
             if path.is_dir():
                 raise UserError(f"--out {self.out}: {path} is a folder; name a file that is to be made.")
-        above = next(folder for folder in self.out.parents if folder.exists())
+        above = next(folder for folder in self.out.absolute().parents if folder.exists())
         if not above.is_dir():
             raise UserError(f"--out {self.out}: {above} is a file, not a folder.")
         if self.is_folder and self.out.exists() and not self.out.is_dir():
@@ -71,7 +74,12 @@ class Place:
                 )
         if self.is_folder and self.out.exists() and any(self.out.iterdir()) and not self._is_of_samples():
             raise UserError(f"--out {self.out} holds other things than samples: name a folder that is to be made.")
-        self.account.unlink(missing_ok=True)  # whatever is there is not what this one will tell of
+
+    def replace_images(self, made: Path) -> None:
+        """Move an npz, complete on the same disk, to its place; the account that is there tells of another's images."""
+        self.account.unlink(missing_ok=True)
+        made.replace(self.out)
+        fsync_file(self.out.parent)
 
     def _is_of_samples(self) -> bool:
         return (self.out / FILE_NAME).exists() and Manifest.load(self.out).source.kind == SAMPLES

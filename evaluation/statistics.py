@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.errors import DataError
 from data_pipeline.files import write_atomic
+from evaluation.metrics.frechet import factor
 from evaluation.moments import Gaussian
 
 Array = NDArray[np.float64]
@@ -102,13 +103,14 @@ def read_stats(path: Path, *, identity: FeatureIdentity | None = None, data: str
         data: the expected fingerprint of the images; None accepts any.
 
     Raises:
-        DataError: unreadable, incomplete or non-finite statistics, no identity known, or not the expected one.
+        DataError: unreadable, incomplete, non-finite or impossible statistics, no identity known, or not the expected
+            one; names the file.
     """
     arrays = _read_arrays(path)
     missing = [name for name in ("mu", "sigma") if name not in arrays]
     if missing:
         raise DataError(f"{path} has no {' and no '.join(missing)}: not a file of feature statistics.")
-    found = _identity(arrays)
+    found = _identity(path, arrays)
     if found is None:
         if identity is None:
             raise DataError(f"{path} does not say which feature net made it: name the net to read it.")
@@ -120,22 +122,50 @@ def read_stats(path: Path, *, identity: FeatureIdentity | None = None, data: str
         raise DataError(f"{path} is of other images: fingerprint {known or UNKNOWN}, expected {data}.")
     pool = _gaussian(path, arrays, "mu", "sigma", "features")
     spatial = _gaussian(path, arrays, "mu_s", "sigma_s", "features_s") if {"mu_s", "sigma_s"} <= arrays.keys() else None
-    return FeatureStats(found, known, int(arrays.get("N", 0)), pool, spatial, arrays.get("inception_scores"))
+    scores = _checked(path, "inception_scores", arrays, ndim=1) if "inception_scores" in arrays else None
+    num = _count(path, "N", arrays) if "N" in arrays else 0
+    return FeatureStats(found, known, num, pool, spatial, scores)
 
 
 def says_its_net(path: Path) -> str | None:
     """The feature net that a file of statistics names; None for files of other projects. Raises DataError."""
-    identity = _identity(_read_arrays(path, _IDENTITY))
+    identity = _identity(path, _read_arrays(path, _IDENTITY))
     return None if identity is None else identity.net
 
 
 def _gaussian(path: Path, arrays: dict[str, NDArray[Any]], mu: str, sigma: str, vectors: str) -> Gaussian:
-    mean, covariance = arrays[mu].astype(np.float64), arrays[sigma].astype(np.float64)
-    if mean.ndim != 1 or covariance.shape != (len(mean), len(mean)):
+    mean, covariance = _checked(path, mu, arrays, ndim=1), _checked(path, sigma, arrays, ndim=2)
+    if covariance.shape != (len(mean), len(mean)):
         raise DataError(f"{path}: {mu} {list(mean.shape)} and {sigma} {list(covariance.shape)} are not [d] and [d, d].")
-    if not (np.isfinite(mean).all() and np.isfinite(covariance).all()):
-        raise DataError(f"{path} holds values that are not finite in {mu} or {sigma}: compute it again.")
-    return Gaussian(mean, covariance, arrays.get(vectors))
+    if vectors in arrays:
+        kept = _checked(path, vectors, arrays, ndim=2)
+        if len(kept) < 2 or kept.shape[1] != len(mean):
+            raise DataError(f"{path}: {vectors} is {list(kept.shape)}, not [2 or more, {len(mean)}] as {mu} has it.")
+        return Gaussian(mean, covariance, kept)
+    try:
+        factor(covariance)
+    except DataError as error:
+        raise DataError(f"{path}: {sigma}: {error}") from None
+    return Gaussian(mean, covariance)
+
+
+def _checked(path: Path, name: str, arrays: dict[str, NDArray[Any]], *, ndim: int) -> Array:
+    """An array of real, finite numbers. Raises DataError for any other."""
+    array = arrays[name]
+    if array.dtype.kind not in "fiu" or array.ndim != ndim or array.size == 0:
+        raise DataError(
+            f"{path}: {name} is {array.dtype} {list(array.shape)}; real numbers in {ndim} dimensions are expected."
+        )
+    if not np.isfinite(array).all():
+        raise DataError(f"{path} holds values that are not finite in {name}: compute it again.")
+    return array.astype(np.float64)
+
+
+def _count(path: Path, name: str, arrays: dict[str, NDArray[Any]]) -> int:
+    number = float(_checked(path, name, arrays, ndim=0))
+    if number < 0 or not number.is_integer():
+        raise DataError(f"{path}: {name} is {number:g}; a whole number from 0 is expected.")
+    return int(number)
 
 
 def _read_arrays(path: Path, names: tuple[str, ...] = _NAMES) -> dict[str, NDArray[Any]]:
@@ -148,7 +178,7 @@ def _read_arrays(path: Path, names: tuple[str, ...] = _NAMES) -> dict[str, NDArr
         raise DataError(f"{path} is not a readable npz file ({error}).") from error
 
 
-def _identity(arrays: dict[str, NDArray[Any]]) -> FeatureIdentity | None:
+def _identity(path: Path, arrays: dict[str, NDArray[Any]]) -> FeatureIdentity | None:
     if not set(_IDENTITY) <= arrays.keys():
         return None
-    return FeatureIdentity(str(arrays["net"]), str(arrays["weights_sha256"]), int(arrays["resize"]))
+    return FeatureIdentity(str(arrays["net"]), str(arrays["weights_sha256"]), _count(path, "resize", arrays))

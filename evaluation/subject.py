@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +18,7 @@ from data_pipeline.errors import UserError
 from evaluation.ensemble import Ensemble, TimeRanges, check_fit
 from trainer.config import RunConfig, SamplingConfig
 from trainer.diffusion.gaussian import Denoiser, GaussianDiffusion
-from trainer.export import Export, Weights, open_export
+from trainer.export import SUFFIX, Export, Weights, open_export
 from trainer.sampling import Stage, conditioned
 
 
@@ -28,7 +30,7 @@ class Subject:
     weights: Weights
     network: nn.Module  # in evaluation mode, on the device
     device: torch.device
-    sha256: str  # of the weights; of both networks' for an ensemble
+    sha256: str  # of the weights' file; of an ensemble, what `weights_identity` says
 
     def diffusion(self, respacing: str | None = None) -> GaussianDiffusion:
         """The process it was trained for, or a shorter one. Raises UserError for steps that it has not."""
@@ -84,16 +86,28 @@ def open_subject(
         scale = 1000.0 / diffusion.num_timesteps if diffusion.rescale_timesteps else 1.0
         boundary = (ensemble.below - 0.5) * scale  # halfway between two steps: rounding decides nothing
         network = TimeRanges(other.network(weights).to(device), network, boundary).eval()
-    return Subject(own, weights, network, torch.device(device), weights_identity(own, weights, ensemble))
+    sha256 = own.weights_sha256[weights] if ensemble is None else weights_identity(own, weights, ensemble)
+    return Subject(own, weights, network, torch.device(device), sha256)
 
 
 def weights_identity(export: Export, weights: Weights, ensemble: Ensemble | None = None) -> str:
-    """What names the network: its file's sha256; of an ensemble, a hash of both files' and of the boundary."""
+    """What names a network in the key of an evaluation: its weights, how they are read, the ensemble's other network.
+
+    Raises UserError for weights that an export does not hold.
+    """
+    parts = [_identity(export, weights)]
+    if ensemble is not None:
+        parts += [_identity(open_export(ensemble.export), weights), str(ensemble.below)]
+    return hashlib.sha256(" ".join(parts).encode()).hexdigest()
+
+
+def _identity(export: Export, weights: Weights) -> str:
+    """Equal weights under another config (schedule, prediction, ...) are another network."""
     export.check_holds(weights)
-    own = export.weights_sha256[weights]
-    if ensemble is None:
-        return own
-    other = open_export(ensemble.export)
-    other.check_holds(weights)
-    both = f"{own} {other.weights_sha256[weights]} {ensemble.below}"
+    return f"{export.weights_sha256[weights]} {export.config_sha256}"
+
+
+def identity_in_manifest(files: Mapping[str, Any], weights: Weights) -> str:
+    """`weights_identity` of a lone network from its export's manifest, without looking at the files themselves."""
+    both = f"{files[f'{weights}{SUFFIX}']['sha256']} {files['config.yaml']['sha256']}"
     return hashlib.sha256(both.encode()).hexdigest()

@@ -33,6 +33,7 @@ class Export:
     config: RunConfig
     info: dict[str, Any]  # export.json: nimg, compute, num_params, flops_per_image, run, name, seed, data
     weights_sha256: dict[Weights, str]  # of every kind of weights that it holds: one may be absent if it was imported
+    config_sha256: str  # of config.yaml
 
     def tensors(self, weights: Weights) -> dict[str, Tensor]:
         """The averaged or the bare weights by parameter name, on the CPU. Raises UserError where it has them not."""
@@ -133,4 +134,5 @@ def open_export(path: Path) -> Export:
         config=load_config(path / "config.yaml"),
         info=json.loads((path / "export.json").read_text()),
         weights_sha256={n.removesuffix(SUFFIX): entry["sha256"] for n, entry in files.items() if n.endswith(SUFFIX)},
+        config_sha256=files["config.yaml"]["sha256"],
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -56,7 +57,8 @@ def reference_features(
         "reference" if parts == 1 else f"reference-part{part}of{parts}", len(slices), make,
         work=lambda number: slices[number].stop - slices[number].start, unit="img", title=title,
     )  # fmt: skip
-    return gather(net, results, data=data, num=num, folder=folder, with_rows=with_rows)
+    kept = folder if cache is not None and _can_write(cache) else None  # data may be a read-only share
+    return gather(net, results, data=data, num=num, folder=kept, with_rows=with_rows)
 
 
 def real_floor(
@@ -121,6 +123,10 @@ def published_features(
     if not (with_rows and holds_images(path)):
         return FeatureSet(stats, None)
     return FeatureSet(stats, image_features(NpzImages(path), net, cache=cache, title=title).rows)
+
+
+def _can_write(folder: Path) -> bool:
+    return os.access(folder if folder.exists() else folder.parent, os.W_OK)
 
 
 def _cache_folder(cache: Path | None, net: FeatureNet, data: str, selection: str) -> Path | None:

@@ -3,7 +3,8 @@
     IS = exp(mean_x KL(p(y|x) || p(y))),  p(y) = mean_x p(y|x)
 
 By convention it is computed for each of ten equal parts of the samples, in their order, and the mean and spread of the
-ten are reported. It grows with the size of a part (50,000 samples: 5,000), so N belongs beside it.
+ten are reported. It grows with the size of a part (50,000 samples: 5,000), so N belongs beside it. Samples in the order
+of their classes give a score that is too low: every part then lacks most classes, and p(y) is of the part.
 """
 
 from __future__ import annotations

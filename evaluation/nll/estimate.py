@@ -12,11 +12,11 @@ import torch
 from data_pipeline.dataset import ShardDataset
 from evaluation.chunks import Chunks
 from evaluation.nll.artifacts import write_artifacts
-from evaluation.nll.plan import Plan, exact_plan
-from evaluation.nll.rounds import bound, draw, values
+from evaluation.nll.rounds import Drawn, bound, draw
 from evaluation.nll.settings import NllSettings
 from evaluation.nll.summary import Mean, exact_mean, sampled_mean
-from evaluation.nll.terms import Conditioner, NetworkTerms, Terms
+from evaluation.nll.sweep import Sweep, sweep
+from evaluation.nll.terms import Conditioner, NetworkTerms
 from trainer.diffusion.gaussian import GaussianDiffusion
 
 
@@ -33,8 +33,7 @@ class NllEstimate:
     seed: int
     settings: NllSettings
     measured: dict[str, Any]  # what exactly was estimated, for the record
-    plan: Plan
-    terms: Terms
+    seen: Drawn | Sweep  # what the calls saw
 
     @property
     def bits_per_dim(self) -> float:
@@ -87,8 +86,8 @@ class NllEstimate:
         return found
 
     def write_artifacts(self, folder: Path) -> None:
-        """Write the plan with what its calls saw, the profile over t, and figures: see `nll.artifacts`."""
-        write_artifacts(folder, self.plan, self.terms, self.measured, seed=self.seed)
+        """Write what the calls saw, the profile over t, and figures: see `nll.artifacts`."""
+        write_artifacts(folder, self.seen, self.measured["num_timesteps"], seed=self.seed)
 
 
 def estimate_nll(
@@ -101,6 +100,7 @@ def estimate_nll(
     device: torch.device | str = "cpu",
     chunks: Chunks | None = None,
     title: str = "",
+    final: bool = False,
 ) -> NllEstimate:
     """Estimate the mean bound over the split's images.
 
@@ -108,10 +108,11 @@ def estimate_nll(
         diffusion: the chain whose bound it is, already the shorter one where `settings.respacing` says so.
         chunks: where the work is kept and shared between processes; by default it is all done here and now.
         title: of the progress bars; none without one.
+        final: nothing of the job is shared after this estimate: only its first process need sum it up.
 
     Raises:
         UserError: settings that give no estimate of this split; a term of the bound that is not finite.
-        FinishedElsewhere: another process has written the job's result.
+        FinishedElsewhere: another process has written the job's result, or will (`final`).
     """
     total = len(dataset)
     settings.check(total)
@@ -119,27 +120,25 @@ def estimate_nll(
         condition, diffusion, dataset, seed, device, settings.clip_denoised, chunks or Chunks(), title
     )  # fmt: skip
     num_timesteps = diffusion.num_timesteps
+    seen: Drawn | Sweep
     if settings.mode == "exact":
-        plan = exact_plan(num_timesteps, total, settings.num_images or total, seed=seed)
-        terms = look(plan, "exact", num_timesteps)  # a chunk is an image
-        num_pilot, num_rounds, mean = 0, 1, exact_mean
+        seen = sweep(look, num_timesteps, total, settings.num_images or total, seed=seed, final=final)
+        num_pilot, num_rounds, num_calls, images = 0, 1, seen.num_calls, seen.image
     else:
-        drawn = draw([look], settings, num_timesteps, total, seed=seed, stderr=lambda d: bound(d, total).stderr or 0.0)
-        plan, (terms,) = drawn.plan, drawn.terms
-        num_pilot, num_rounds, mean = drawn.num_pilot, drawn.num_rounds, sampled_mean
-    weighted, first = plan.weight * terms.bits, plan.t == 0
-    by_part = {
-        "prior": terms.prior.astype(np.float64),
-        "middle": np.where(first, 0.0, weighted),
-        "decoder": np.where(first, weighted, 0.0),
-    }
+        seen = draw(
+            [look], settings, num_timesteps, total, seed=seed, stderr=lambda d: bound(d, total).stderr or 0.0,
+            final=final,
+        )  # fmt: skip
+        num_pilot, num_rounds, images = seen.num_pilot, seen.num_rounds, seen.plan.image
+        num_calls = len(seen.plan) + num_pilot
+    whole, parts = _means(seen, total)
     return NllEstimate(
-        total=mean(values(plan, terms), plan, total),
-        parts={name: mean(part, plan, total) for name, part in by_part.items()},
-        num_calls=len(plan) + num_pilot,
+        total=whole,
+        parts=parts,
+        num_calls=num_calls,
         num_pilot_calls=num_pilot,
         num_rounds=num_rounds,
-        num_images=len(np.unique(plan.image)),
+        num_images=len(np.unique(images)),
         seed=seed,
         settings=settings,
         measured={
@@ -150,6 +149,20 @@ def estimate_nll(
             "respacing": settings.respacing,
             "clip_denoised": settings.clip_denoised,
         },
-        plan=plan,
-        terms=terms,
+        seen=seen,
     )
+
+
+def _means(seen: Drawn | Sweep, num_images: int) -> tuple[Mean, dict[str, Mean]]:
+    """The bound and its parts, as estimates for the split of so many images."""
+    if isinstance(seen, Sweep):
+        by_part = {"prior": seen.prior, "middle": seen.bits - seen.decoder, "decoder": seen.decoder}
+        return exact_mean(seen.values, num_images), {name: exact_mean(x, num_images) for name, x in by_part.items()}
+    plan, (terms,) = seen.plan, seen.terms
+    weighted, first = plan.weight * terms.bits, plan.t == 0
+    by_part = {
+        "prior": terms.prior.astype(np.float64),
+        "middle": np.where(first, 0.0, weighted),
+        "decoder": np.where(first, weighted, 0.0),
+    }
+    return bound(seen, num_images), {name: sampled_mean(x, plan, num_images) for name, x in by_part.items()}

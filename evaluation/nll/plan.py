@@ -11,7 +11,7 @@ standard error comes from independent replicates, since the formula for independ
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 from data_pipeline.counter_rng import Stream, generator
 
 UNIFORM_SHARE = 0.1  # defensive mixture
-PILOT_SHARE = 1 / 8  # of all calls
+PILOT_SHARE = 1 / 8  # of the first round's calls
 MAX_PILOT = 512  # more would hardly change p
 MIN_PILOT_PER_CELL = 2
 # Of a round's calls, so many come back to an image of the same round, in another replicate: without such pairs nothing
@@ -51,6 +51,13 @@ class Plan:
     def __len__(self) -> int:
         return len(self.t)
 
+    def part(self, calls: slice) -> Plan:
+        """Some of the calls, with the noises that are theirs."""
+        names = ("image", "t", "weight", "replicate", "round")
+        return replace(
+            self, **{name: getattr(self, name)[calls] for name in names}, noise_start=self.noise_start + calls.start
+        )
+
 
 def joined(rounds: Sequence[Plan]) -> Plan:
     """The rounds of an estimate as one plan: a replicate goes on from round to round."""
@@ -77,7 +84,7 @@ def replicates_for(num_calls: int) -> int:
 
 
 def pilot_plan(num_timesteps: int, num_images: int, num_calls: int, *, seed: int) -> Plan:
-    """Equally many calls in every cell of t, spread over it; weights are not used."""
+    """Equally many calls in every cell of t, spread over it, for a first round of `num_calls`; without weights."""
     edges = cell_edges(num_timesteps)
     cells = len(edges) - 1
     per_cell = max(MIN_PILOT_PER_CELL, round(min(num_calls * PILOT_SHARE, MAX_PILOT) / cells))
@@ -128,12 +135,14 @@ def round_plan(
     per_replicate = num_calls // num_replicates
     shape = (num_replicates, per_replicate)
     num_first = int(np.clip(round(p[0] * per_replicate), 1, per_replicate - 2))
+    if len(p) == 1:  # a chain of one step: the decoder's term is all there is
+        num_first = per_replicate
     num_rest = per_replicate - num_first
     rest = p[1:] / p[1:].sum()
     cdf = np.cumsum(rest)
     rng = generator(seed, Stream.NLL_PLAN, _ROUND_BLOCK, part=number)
     # Latin in each replicate: one point in each of num_rest equal slices of the cumulative distribution.
-    points = (np.arange(num_rest) + rng.random((num_replicates, num_rest))) / num_rest * cdf[-1]  # [R, num_rest]
+    points = (np.arange(num_rest) + rng.random((num_replicates, num_rest))) / num_rest  # [R, num_rest]
     t, weight = np.zeros(shape, dtype=np.int64), np.full(shape, per_replicate / num_first)
     t[:, num_first:] = 1 + np.minimum(np.searchsorted(cdf, points, side="right"), len(rest) - 1)
     weight[:, num_first:] = per_replicate / (num_rest * rest[t[:, num_first:] - 1])
@@ -166,13 +175,16 @@ def _visits(num_images: int, shape: tuple[int, int], start: int) -> NDArray[np.i
     return visits
 
 
-def exact_plan(num_timesteps: int, num_images_total: int, num_images: int, *, seed: int) -> Plan:
-    """Every timestep of each of `num_images` images; a replicate is an image."""
-    image = np.repeat(_image_order(num_images_total, seed)[:num_images], num_timesteps)
-    t = np.tile(np.arange(num_timesteps), num_images)
-    replicate = np.repeat(np.arange(num_images), num_timesteps)
-    weight = np.full(len(t), float(num_timesteps))
-    return Plan(image, t, weight, replicate, np.zeros_like(t), noise_start=0, num_replicates=num_images)
+def sweep_images(num_images_total: int, num_images: int, *, seed: int) -> NDArray[np.int64]:
+    """The images of an exact sweep, in its order: [num_images]."""
+    return _image_order(num_images_total, seed)[:num_images]
+
+
+def sweep_plan(image: int, num_timesteps: int, *, noise_start: int) -> Plan:
+    """Every timestep of one image, from t = 0 up."""
+    zeros = np.zeros(num_timesteps, dtype=np.int64)
+    weight = np.full(num_timesteps, float(num_timesteps))
+    return Plan(zeros + image, np.arange(num_timesteps), weight, zeros, zeros, noise_start, num_replicates=1)
 
 
 def _image_order(num_images: int, seed: int) -> NDArray[np.int64]:

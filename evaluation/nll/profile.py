@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluation.nll.plan import Plan, cell_edges
+from evaluation.nll.sweep import Sweep
 from evaluation.nll.terms import Terms
 
 Array = NDArray[np.float64]
@@ -41,25 +42,36 @@ class Profile:
         return {field.name: np.asarray(getattr(self, field.name)) for field in fields(self)}
 
 
-def profile(plan: Plan, terms: Terms, num_timesteps: int, *, every_t: bool) -> Profile:
-    """The profile over all t one by one (of an exact plan), or over cells that are fine at both ends."""
-    edges = np.arange(num_timesteps + 1) if every_t else cell_edges(num_timesteps)
-    width = np.diff(edges)
+def swept_profile(sweep: Sweep) -> Profile:
+    """The profile over all t one by one."""
+    edges = np.arange(len(sweep.bits_by_t) + 1)
+    prior = float(sweep.prior.mean(dtype=np.float64))
+    return _profile(edges, sweep.bits_by_t, sweep.bits_stderr_by_t, sweep.mse_by_t, sweep.xstart_mse_by_t, prior)
+
+
+def sampled_profile(plan: Plan, terms: Terms, num_timesteps: int) -> Profile:
+    """The profile over cells that are fine at both ends."""
+    edges = cell_edges(num_timesteps)
+    cells, replicates = len(edges) - 1, plan.num_replicates
     cell = np.searchsorted(edges, plan.t, side="right") - 1
-    replicates = plan.num_replicates
-    weighted = plan.weight * terms.bits
     # Sums over the cell's steps, by replicate; over all cells they add up to the bound.
-    sums = _by_cell(plan.replicate * len(width) + cell, weighted, replicates * len(width)).reshape(replicates, -1)
+    sums = _by_cell(plan.replicate * cells + cell, plan.weight * terms.bits, replicates * cells).reshape(replicates, -1)
     sums /= np.bincount(plan.replicate)[:, None]
-    bits = sums.mean(axis=0)
-    spread = sums.std(axis=0, ddof=1) if replicates > 1 else np.full(len(width), np.nan)
-    mse, xstart_mse = (_weighted_mean(cell, plan.weight, x, len(width)) for x in (terms.mse, terms.xstart_mse))
-    prior = float(terms.prior.mean(dtype=np.float64))
+    stderr = sums.std(axis=0, ddof=1) / np.sqrt(replicates)
+    mse, xstart_mse = (_weighted_mean(cell, plan.weight, x, cells) for x in (terms.mse, terms.xstart_mse))
+    return _profile(edges, sums.mean(axis=0), stderr, mse, xstart_mse, float(terms.prior.mean(dtype=np.float64)))
+
+
+def _profile(
+    edges: NDArray[np.int64], bits: Array, stderr: Array, mse: Array, xstart_mse: Array, prior: float
+) -> Profile:  # fmt: skip
+    """`bits` and their `stderr`: of the sum over each cell's steps."""
+    width = np.diff(edges)
     later = np.cumsum(bits[::-1])[::-1] - bits  # terms of the cells above
     return Profile(
         edges=edges,
         bits=bits / width,
-        bits_stderr=spread / np.sqrt(replicates) / width,
+        bits_stderr=stderr / width,
         mse=mse,
         xstart_mse=xstart_mse,
         rate=prior + later + bits * (width - 1) / (2 * width),  # of the cell's own steps, those above its middle

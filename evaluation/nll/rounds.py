@@ -19,12 +19,12 @@ from evaluation.nll.settings import MIN_CALLS, NllSettings
 from evaluation.nll.summary import Mean, sampled_mean
 from evaluation.nll.terms import Terms
 
-Look = Callable[[Plan, str], Terms]  # a plan and the name of its series of chunks -> what its calls see
+# A plan, the name of its series of chunks, and whether the job ends with it -> what its calls see.
+Look = Callable[[Plan, str, bool], Terms]
 
 FIRST_ROUND = 1024  # enough to foretell how many calls are needed
-MAX_GROWTH = (
-    4  # a standard error from few replicates is itself unsure: no round makes more than so many times the calls
-)
+# A standard error from few replicates is itself unsure: no round makes more than so many times the calls of before,
+MAX_GROWTH = 4
 MIN_GROWTH = 1.25  # and none is so small that its strata are coarse
 
 
@@ -63,21 +63,24 @@ def differences(drawn: Drawn, num_images: int) -> list[Mean]:
 
 def draw(
     looks: Sequence[Look], settings: NllSettings, num_timesteps: int, num_images: int, *, seed: int,
-    stderr: Callable[[Drawn], float],
+    stderr: Callable[[Drawn], float], final: bool = False,
 ) -> Drawn:  # fmt: skip
     """Draw rounds until `stderr` of what was drawn is the target, or the budget is spent.
 
     Without a target there is one round of the whole budget. Stopping by the standard error favours, a little, draws in
-    which it came out small.
+    which it came out small. `final`: the job ends with the estimate, so also with a round that must be the last one.
     """
     num_replicates = plans.replicates_for(settings.num_calls)
-    p, num_pilot = _probabilities(looks, settings, num_timesteps, num_images, seed)
     size = settings.num_calls if settings.target_stderr is None else min(settings.num_calls, FIRST_ROUND)
+    p, num_pilot = _probabilities(looks, settings, size, num_timesteps, num_images, seed)
     rounds: list[Plan] = []
     found: list[tuple[Terms, ...]] = []
     while True:
         rounds.append(plans.round_plan(p, num_images, size, num_replicates, seed=seed, earlier=rounds))
-        found.append(tuple(look(rounds[-1], f"round{len(rounds) - 1}") for look in looks))
+        last = settings.target_stderr is None or settings.num_calls - sum(map(len, rounds)) < MIN_CALLS
+        found.append(
+            tuple(look(rounds[-1], f"round{len(rounds) - 1}", final and last and look is looks[-1]) for look in looks)
+        )
         terms = tuple(all_terms.joined(of_one) for of_one in zip(*found, strict=True))
         drawn = Drawn(plans.joined(rounds), terms, num_pilot, len(rounds))
         if settings.target_stderr is None:
@@ -88,13 +91,13 @@ def draw(
 
 
 def _probabilities(
-    looks: Sequence[Look], settings: NllSettings, num_timesteps: int, num_images: int, seed: int
+    looks: Sequence[Look], settings: NllSettings, first_round: int, num_timesteps: int, num_images: int, seed: int
 ) -> tuple[NDArray[np.float64], int]:
-    """p [T], and how many calls a network it cost."""
+    """p [T] for a first round of so many calls, and how many calls a network it cost."""
     if settings.mode == "uniform":
         return np.full(num_timesteps, 1 / num_timesteps), 0
-    pilot = plans.pilot_plan(num_timesteps, num_images, settings.num_calls, seed=seed)
-    bits = [look(pilot, "pilot").bits for look in looks]
+    pilot = plans.pilot_plan(num_timesteps, num_images, first_round, seed=seed)
+    bits = [look(pilot, "pilot", False).bits for look in looks]
     return plans.probabilities(pilot, bits, num_timesteps), len(pilot)
 
 

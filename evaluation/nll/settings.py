@@ -10,6 +10,7 @@ from data_pipeline.errors import UserError
 
 Mode = Literal["importance", "uniform", "exact"]
 MIN_CALLS = 128  # eight replicates of sixteen calls: fewer say nothing with an error bar
+MAX_CALLS = 10_000_000  # of a sampled estimate, whose calls are all kept: a gigabyte
 
 
 @dataclass(frozen=True)
@@ -30,6 +31,16 @@ class NllSettings:
         if self.mode != "exact" and self.num_calls < MIN_CALLS:
             raise UserError(
                 f"--num-calls {self.num_calls} is too few for an estimate with an error bar; use {MIN_CALLS} or more."
+            )
+        if self.mode != "exact" and self.num_calls > MAX_CALLS:
+            raise UserError(
+                f"--num-calls {self.num_calls} is too many, {MAX_CALLS:,} the most: it would be far surer than any "
+                "comparison needs. --mode exact looks at every timestep of every image."
+            )
+        if self.mode != "exact" and self.num_images is not None:
+            raise UserError(
+                f"--num-images {self.num_images}: --mode {self.mode} draws its images as it needs them; --num-calls is "
+                "its size, or use --mode exact."
             )
         if self.target_stderr is not None and not (math.isfinite(self.target_stderr) and self.target_stderr > 0):
             raise UserError(f"--target-stderr {self.target_stderr:g}: bits/dim above 0 are expected, such as 0.01.")

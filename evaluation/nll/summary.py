@@ -130,15 +130,14 @@ def _cross_products(x: NDArray[Any]) -> NDArray[np.float64]:
     return product
 
 
-def exact_mean(values: NDArray[np.float64], plan: Plan, num_images: int) -> Mean:
-    """The mean of the calls' values of an exact plan, whose replicates are images looked at at every t.
+def exact_mean(by_image: NDArray[np.float64], num_images: int) -> Mean:
+    """The mean of images' values [swept], each looked at at every t; `num_images`: of the split.
 
     With one noise for each (image, t), nothing tells the noise's part of the spread between images from the images'
     own: for a part of the split the error is taken to be all the images', and of a whole split, where only the noise
     is left, none can be given. (The noise's part is small: it averages over all t and images.)
     """
-    swept = plan.num_replicates
-    by_image = np.bincount(plan.replicate, weights=values) / np.bincount(plan.replicate)
+    swept = len(by_image)
     mean = float(by_image.mean())
     if swept == 1:
         return Mean(mean, None, None, 0.0 if num_images == 1 else None, None, swept, 0.0)

@@ -6,7 +6,8 @@ all terms are computed in float32 from its float32 output and summed in float64.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -54,33 +55,47 @@ class NetworkTerms:
     chunks: Chunks
     title: str
 
-    def __call__(self, plan: Plan, kind: str, chunk: int = BATCH) -> Terms:
-        """The terms of all calls; `kind` names their chunks, of `chunk` calls each.
+    def __call__(self, plan: Plan, kind: str, final: bool = False) -> Terms:
+        """The terms of all calls; `kind` names their chunks, and with `final` the job ends with them.
 
-        Raises UserError for a term that is not finite.
+        Raises UserError for a term that is not finite, FinishedElsewhere as `Chunks.results` does.
         """
-        parts = cut(len(plan), chunk)
+        parts = cut(len(plan), BATCH)
+        return Terms(**concatenated(self.stream(len(parts), lambda number: plan.part(parts[number]), kind, final)))
+
+    def stream(
+        self, num: int, plan_of: Callable[[int], Plan], kind: str, final: bool = False
+    ) -> Iterator[Arrays]:  # fmt: skip
+        """The terms of `num` plans, by name, one after the other: each is a chunk. Raises as `__call__` does."""
 
         def make(number: int, advance: Advance) -> Arrays:
-            return concatenated(self._batch(plan, batch, advance) for batch in _batches(parts[number]))
+            plan = plan_of(number)
+            return concatenated(self._batch(plan.part(calls), advance) for calls in cut(len(plan), BATCH))
 
-        made = self.chunks.results(
-            kind, len(parts), make, work=lambda number: parts[number].stop - parts[number].start, unit="call",
-            title=self.title and f"{self.title} ({kind})",
+        return self.chunks.results(
+            f"{kind}-{self._digest(num, plan_of)}", num, make, work=lambda number: len(plan_of(number)), unit="call",
+            title=self.title and f"{self.title} ({kind})", final=final,
         )  # fmt: skip
-        return Terms(**concatenated(made))
+
+    def _digest(self, num: int, plan_of: Callable[[int], Plan]) -> str:
+        """Names the calls of these chunks: those that another plan left behind are not taken for them."""
+        digest = hashlib.sha256(f"{self.seed} {BATCH}".encode())
+        for plan in map(plan_of, range(num)):
+            digest.update(f" {plan.noise_start} {len(plan)} ".encode())
+            digest.update(plan.image.astype("<i8").tobytes() + plan.t.astype("<i8").tobytes())
+        return digest.hexdigest()[:12]
 
     @torch.inference_mode()
-    def _batch(self, plan: Plan, calls: slice, advance: Advance) -> Arrays:
-        samples, which = np.unique(plan.image[calls], return_inverse=True)
+    def _batch(self, plan: Plan, advance: Advance) -> Arrays:
+        samples, which = np.unique(plan.image, return_inverse=True)
         images, labels = self.dataset.read(samples)
         x0s = torch.from_numpy(images).to(self.device).float() / 127.5 - 1
         rows = torch.from_numpy(which).to(self.device)
         prior, x0 = self.diffusion.prior_bits(x0s)[rows], x0s[rows]
-        noise = torch.from_numpy(
-            normal(self.seed, Stream.NLL_NOISE, plan.noise_start + calls.start, len(x0), x0.shape[1:])
-        ).to(self.device)
-        t = torch.from_numpy(plan.t[calls]).to(self.device)
+        noise = torch.from_numpy(normal(self.seed, Stream.NLL_NOISE, plan.noise_start, len(x0), x0.shape[1:])).to(
+            self.device
+        )
+        t = torch.from_numpy(plan.t).to(self.device)
         x_t = self.diffusion.q_sample(x0, t, noise)
         output = self.condition(labels[which])(x_t, self.diffusion.network_time(t)).float()
         prediction = self.diffusion.predict(output, x_t, t, clip=self.clip_denoised)
@@ -94,15 +109,11 @@ class NetworkTerms:
         finite = np.isfinite(arrays["bits"])
         if not finite.all():
             raise UserError(
-                f"the bound of this network is not finite at t={plan.t[calls][~finite][0]}: its training has diverged, "
+                f"the bound of this network is not finite at t={plan.t[~finite][0]}: its training has diverged, "
                 "or has hardly begun. Evaluate another export."
             )
         advance(len(x0))
         return arrays
-
-
-def _batches(chunk: slice) -> list[slice]:
-    return [slice(chunk.start + b.start, chunk.start + b.stop) for b in cut(chunk.stop - chunk.start, BATCH)]
 
 
 def _float32(values: Tensor) -> NDArray[np.float32]:

@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedFormatter, FixedLocator, NullLocator
 
 from evaluation.nll.profile import Profile
-from evaluation.report.figures import STYLE as STYLE
+from evaluation.report.figures import STYLE
 
 CURVE = "#21918c"
 

@@ -102,22 +102,23 @@ def _measured_value(record: EvalRecord) -> str:
 
 def _how(record: EvalRecord) -> str:
     """What a reader must know before comparing the value with another."""
-    m = record.measured
+    m, details = record.measured, record.details
     if record.metric == "nll":
         words = [f"{m.get('mode')}, {m.get('num_timesteps')} steps"]
+        words += [f"chain {m['respacing']}"] if m.get("respacing") else []
+        words += ["not clipped"] if not m.get("clip_denoised", True) else []
+        words += [f"{details['num_images']:,} images"] if m.get("mode") == "exact" and "num_images" in details else []
     elif record.metric == "memorisation":
         words = [f"{m.get('sampler')} {m.get('respacing')}, median of the nearest in pixels"]
     else:
         words = [f"{m.get('sampler')} {m.get('respacing')}, {m.get('feature_net')}", f"{m.get('num_reference'):,} real"]
-        if m.get("guidance", 1.0) != 1.0:
-            words.append(f"guidance {m['guidance']:g}")
-        floor = record.details.get("floor")
+        words += [f"guidance {m['guidance']:g}"] if m.get("guidance", 1.0) != 1.0 else []
+        floor = details.get("floor")
         words += [] if floor is None else [f"real against real {floor:.4g}"]
-    if m.get("weights") != "ema":
-        words.append(f"weights {m.get('weights')}")
-    if "ensemble_below" in m:
-        words.append(f"ensemble below {m['ensemble_below']}")
-    return "; ".join(words)
+    words += [f"weights {m.get('weights')}"] if m.get("weights") != "ema" else []
+    words += [f"ensemble below {m['ensemble_below']}"] if "ensemble_below" in m else []
+    words += [f"seed {record.seeds[0]}"] if record.seeds and record.seeds[0] else []
+    return "; ".join([*words, *details.get("notes", [])])
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[int] = ()) -> str:

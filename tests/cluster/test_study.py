@@ -28,6 +28,7 @@ evaluation:
   images: [512, 1024]
   nll: {{splits: [test, train], num_calls: 128}}
   distance: {{num_samples: 8, respacing: 2}}
+resources: {{eval_shards: 2}}
 device: {{peak_flops: 1.0e+11, utilization: 0.1}}
 """
 

@@ -66,6 +66,15 @@ def test_a_damaged_chunk_is_made_again(tmp_path: Path, expected: np.ndarray) -> 
     assert job.made == [2]
 
 
+def test_any_damage_is_a_chunk_that_is_not_there(tmp_path: Path, expected: np.ndarray) -> None:
+    run(Chunks(tmp_path), Job())
+    path = tmp_path / "part" / "000002.npz"
+    whole = path.read_bytes()
+    for position in range(0, len(whole), 7):  # the archive's directory among them
+        path.write_bytes(whole[:position] + bytes([whole[position] ^ 0xFF]) + whole[position + 1 :])
+        assert np.array_equal(run(Chunks(tmp_path), Job()), expected), position
+
+
 @pytest.mark.parametrize("count", [2, 3])
 def test_processes_share_the_work(tmp_path: Path, expected: np.ndarray, count: int) -> None:
     jobs = [Job() for _ in range(count)]
@@ -117,6 +126,19 @@ def test_nobody_works_for_a_job_that_is_done(tmp_path: Path) -> None:
     assert job.made == [1, 3, 5]
 
 
+def test_a_chunk_that_comes_after_the_result_is_not_left_behind(tmp_path: Path) -> None:
+    result = tmp_path / "result.json"
+
+    class Late(Job):
+        def __call__(self, number: int, advance: Advance) -> Arrays:
+            result.touch()
+            return super().__call__(number, advance)
+
+    with pytest.raises(FinishedElsewhere):
+        run(Chunks(tmp_path / "chunks", result=result), Late())
+    assert not (tmp_path / "chunks").exists()
+
+
 def test_removing(tmp_path: Path) -> None:
     chunks = Chunks(tmp_path / "chunks")
     run(chunks, Job())
@@ -137,6 +159,9 @@ def test_who_am_i(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RANK", "2")
     monkeypatch.setenv("WORLD_SIZE", "4")
     assert shard_of(None) == Shard(2, 4)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="RANK=2 and WORLD_SIZE=2"):
+        shard_of(None)
     for wrong in ("3/3", "1", "a/b", "-1/2", "0/0"):
         with pytest.raises(UserError, match="--shard"):
             shard_of(wrong)

@@ -70,6 +70,29 @@ def test_nuclear_norm_where_the_gram_matrix_is_at_its_worst(small: float) -> Non
     assert nuclear_norm(left * values @ right.T) == pytest.approx(values.sum(), rel=2e-10)
 
 
+@pytest.mark.parametrize(("ones", "zeros", "small"), [(30, 1, 0.0), (18, 2, 1e-9), (200, 12, 0.0), (482, 30, 3e-9)])
+def test_nuclear_norm_of_equal_values_and_nothing(ones: int, zeros: int, small: float) -> None:
+    """A rounding error of the Gram matrix is as large as its own root in a singular value of zero."""
+    rng, num = np.random.default_rng(12), ones + zeros
+    left, right = (np.linalg.qr(rng.standard_normal((num, num)))[0] for _ in range(2))
+    values = np.append(np.ones(ones), np.full(zeros, small))
+    assert nuclear_norm(left * values @ right.T) == pytest.approx(values.sum(), rel=1e-10)
+
+
+@pytest.mark.parametrize("num", [2, 20, 64, 120, 300])
+def test_images_against_themselves(num: int) -> None:
+    """Fewer than dimensions: centred, they have a singular value of exactly zero."""
+    x = np.random.default_rng(13).gamma(0.3, 2.0, (num, 400)).astype(np.float32)
+    assert frechet_features(x, x) == pytest.approx(0, abs=1e-8)
+
+
+def test_equal_covariances_with_nearly_nothing_in_some_directions() -> None:
+    covariance = np.diag(np.append(np.ones(62), [1e-9, 1e-9]))
+    basis = np.linalg.qr(np.random.default_rng(14).standard_normal((64, 64)))[0]
+    sigma = basis @ covariance @ basis.T
+    assert frechet_gaussians(np.zeros(64), sigma, np.full(64, 0.5), sigma) == pytest.approx(16.0, abs=1e-9)
+
+
 def test_distance_to_itself_is_zero_and_it_is_symmetric() -> None:
     x, y = features(100, 20, 5), features(90, 20, 6)
     assert frechet_features(x, x) == pytest.approx(0, abs=1e-10)

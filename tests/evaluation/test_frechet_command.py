@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from toy_net import ToyNet, some_images
 
 from data_pipeline.dataset import ShardDataset
@@ -131,11 +132,43 @@ def test_cache_spares_the_network(net: ToyNet, command: Any, a: Path, b: Path, t
     assert net.calls == [40, 40]
 
 
+def test_the_order_of_a_folder_is_noted_with_the_inception_score(
+    net: ToyNet, command: Any, a: Path, b: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "folder").mkdir()
+    for number, image in enumerate(some_images(12)):
+        Image.fromarray(image).save(tmp_path / "folder" / f"{number}.png")
+
+    def noted(*arguments: str | Path) -> bool:
+        return "note: inception score: its parts" in command(*arguments, "--feature-net", "inception")
+
+    assert noted(tmp_path / "folder", b, "--metrics", "is,fid")
+    assert not noted(tmp_path / "folder", b, "--metrics", "fid")
+    assert not noted(a, tmp_path / "folder", "--metrics", "is")
+
+
+def test_a_place_that_cannot_be_written_is_refused_before_the_work(
+    net: ToyNet, command: Any, a: Path, tmp_path: Path
+) -> None:
+    (tmp_path / "folder.npz").mkdir()
+    (tmp_path / "file").write_text("")
+    for place, message in (
+        (tmp_path / "folder.npz", "is a folder"),
+        (tmp_path / "file" / "a.npz", "cannot be written"),
+        (Path("/proc/a.npz"), "cannot be written"),
+    ):
+        with pytest.raises(UserError, match=message):
+            command(a, a, "--save", place)
+    assert net.calls == []
+    command(a, a, "--save", tmp_path / "new" / "a.npz")
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["a.npz"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--metrics", "fid"], "fid is of Inception-v3's features, not efflite0's: use --feature-net inception"),
-        (["--metrics", "is"], "is is of class probabilities, which efflite0 does not give"),
+        (["--metrics", "fid"], "'fid' is of Inception-v3's features, not efflite0's: use --feature-net inception"),
+        (["--metrics", "is"], "'is' is of class probabilities, which efflite0 does not give"),
         (["--metrics", "ssim"], "unknown metric 'ssim'"),
         (["--metrics", ","], "no metric is asked for"),
         (["--num", "61"], "--num 61: A has 60 images"),
@@ -157,9 +190,9 @@ def test_statistics_that_are_refused(net: ToyNet, command: Any, a: Path, adm: Pa
     foreign = tmp_path / "fid_stats.npz"
     np.savez(foreign, mu=np.zeros(3), sigma=np.eye(3))
     for metric, what in (("kid", "features of single images"), ("sfid", "spatial features")):
-        with pytest.raises(UserError, match=rf"{metric} needs .*{what}.*, which B \(.*fid_stats"):
+        with pytest.raises(UserError, match=rf"'{metric}' needs .*{what}.*, which B \(.*fid_stats"):
             command(a, foreign, "--metrics", metric)
-    with pytest.raises(UserError, match=r"is needs class probabilities, which A \(.*fid_stats"):
+    with pytest.raises(UserError, match=r"'is' needs class probabilities, which A \(.*fid_stats"):
         command(foreign, adm, "--metrics", "is")
     with pytest.raises(UserError, match="--num 5: A and B are statistics"):
         command(foreign, adm, "--num", "5")

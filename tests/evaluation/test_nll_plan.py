@@ -12,12 +12,13 @@ from benchmarks.nll import Table, calibrate
 from evaluation.nll.plan import (
     Plan,
     cell_edges,
-    exact_plan,
     joined,
     pilot_plan,
     probabilities,
     replicates_for,
     round_plan,
+    sweep_images,
+    sweep_plan,
 )
 from evaluation.nll.settings import NllSettings
 from evaluation.nll.summary import exact_mean, sampled_mean
@@ -73,7 +74,7 @@ def test_the_pilot_uses_other_images_and_noise_than_the_estimate() -> None:
     assert found[0] > 5 * found[80]
 
 
-@pytest.mark.parametrize("steps", [2, 3, 10, 100, 4000])
+@pytest.mark.parametrize("steps", [1, 2, 3, 10, 100, 4000])
 def test_cells_cover_all_timesteps_and_are_fine_at_both_ends(steps: int) -> None:
     edges = cell_edges(steps)
     assert (edges[0], edges[-1]) == (0, steps)
@@ -82,10 +83,19 @@ def test_cells_cover_all_timesteps_and_are_fine_at_both_ends(steps: int) -> None
     assert steps < 4 or edges[-2] == steps - 1
 
 
-def test_an_exact_plan_sweeps_everything_once() -> None:
-    plan = exact_plan(10, 50, 3, seed=0)
-    pairs: NDArray[np.int64] = np.stack([plan.image, plan.t])
-    assert len(np.unique(pairs, axis=1).T) == 30
+def test_a_sweep_looks_at_every_timestep_of_different_images() -> None:
+    images = sweep_images(50, 30, seed=0)
+    assert len(set(images)) == 30
+    assert images[:3].tolist() == sweep_images(50, 3, seed=0).tolist()
+    plan = sweep_plan(7, 10, noise_start=20)
+    assert (set(plan.image), plan.t.tolist(), plan.noise_start) == ({7}, list(range(10)), 20)
+
+
+def test_a_part_of_a_plan_keeps_its_noises() -> None:
+    plan = flat_plan(100, 256)
+    part = plan.part(slice(64, 128))
+    assert part.noise_start == 64
+    assert part.t.tolist() == plan.t[64:128].tolist()
 
 
 @pytest.mark.parametrize(
@@ -180,20 +190,17 @@ def test_an_exact_sweeps_error_shrinks_as_the_split_is_used_up() -> None:
     f = 4 + rng.standard_normal(40)
     errors, said = [], []
     for seed in range(400):
-        plan = exact_plan(5, 40, 30, seed=seed)
-        found = exact_mean(f[plan.image], plan, 40)
+        found = exact_mean(f[sweep_images(40, 30, seed=seed)], 40)
         assert found.stderr is not None
         errors.append((found.value - f.mean()) ** 2)
         said.append(found.stderr**2)
     # Variance of the mean of 30 of 40 without replacement: S^2 (1/30 - 1/40).
     assert np.mean(said) == pytest.approx(f.var(ddof=1) * (1 / 30 - 1 / 40), rel=0.02)
     assert abs(np.mean(errors) - np.mean(said)) < 4 * np.std(errors) / np.sqrt(len(errors))
-    whole = exact_plan(5, 40, 40, seed=0)
-    complete = exact_mean(f[whole.image], whole, 40)
+    complete = exact_mean(f, 40)
     assert complete.value == pytest.approx(f.mean())
     assert (complete.stderr, complete.stderr_images) == (None, 0)
-    alone = exact_plan(5, 40, 1, seed=0)
-    assert exact_mean(f[alone.image], alone, 40).stderr is None
+    assert exact_mean(f[:1], 40).stderr is None
 
 
 def make_table(num_images: int, between_images: float, between_noises: float) -> Table:

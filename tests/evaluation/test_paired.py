@@ -18,11 +18,11 @@ from random_stage import make_export, make_stage
 from data_pipeline.dataset import ShardDataset
 from data_pipeline.errors import UserError
 from evaluation import paired
-from evaluation.chunks import Chunks, Shard
+from evaluation.chunks import Chunks, FinishedElsewhere, Shard
 from evaluation.nll.estimate import estimate_nll
 from evaluation.nll.settings import NllSettings
 from evaluation.paired import compare, table
-from evaluation.subject import Subject
+from evaluation.subject import Subject, open_subject
 from trainer.diffusion.gaussian import Denoiser, GaussianDiffusion
 
 STEPS = 24
@@ -99,7 +99,7 @@ def test_the_target_is_that_of_the_differences(dataset: ShardDataset) -> None:
 
 def test_what_cannot_be_compared_is_refused(dataset: ShardDataset) -> None:
     other = cast(Subject, replace(Analytic(0.4), num_timesteps=12))
-    with pytest.raises(UserError, match=r"deviation0\.5 24, deviation0\.4 12.*--respacing"):
+    with pytest.raises(UserError, match=r"deviation0\.5 24, deviation0\.4 12.*--nll-respacing"):
         compare([*analytic(0.5), other], dataset, NllSettings())
     compare([*analytic(0.5), other], dataset, NllSettings(num_calls=128, respacing="10"))
     with pytest.raises(UserError, match="two or more"):
@@ -121,9 +121,10 @@ def exports(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> list
 def test_processes_share_the_work(dataset: ShardDataset, tmp_path: Path) -> None:
     settings = NllSettings(num_calls=256)
     alone = compare(analytic(0.5, 0.4), dataset, settings)
-    for index in (1, 0):
-        chunks = Chunks(tmp_path, shard=Shard(index, 2), patience=0.01)
-        assert compare(analytic(0.5, 0.4), dataset, settings, chunks=chunks) == alone
+    with pytest.raises(FinishedElsewhere):  # it has done its part; the first process writes the result
+        compare(analytic(0.5, 0.4), dataset, settings, chunks=Chunks(tmp_path, shard=Shard(1, 2), patience=0.01))
+    chunks = Chunks(tmp_path, shard=Shard(0, 2), patience=0.01)
+    assert compare(analytic(0.5, 0.4), dataset, settings, chunks=chunks) == alone
 
 
 def test_the_command_keeps_its_result(
@@ -145,6 +146,52 @@ def test_the_command_keeps_its_result(
     assert paired.main() == 0
     assert "128 calls" not in (shown := capsys.readouterr().out)  # the pilot's are counted too
     assert "to the first" in shown
-    monkeypatch.setattr(sys, "argv", ["paired", *arguments, "--num-calls", "3"])
-    with pytest.raises(UserError, match="--num-calls 3"):
+    for damaged in (kept.read_text()[:-20], "[]", json.dumps(result | {"key": "another"})):
+        kept.write_text(damaged)
+        with pytest.raises(UserError, match="is not the result"):
+            paired.main()
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (["--num-calls", "3"], "--num-calls 3 "),
+        (["--seed", "-1"], "--seed -1 "),
+        (["--seed", str(2**63)], f"--seed {2**63} "),
+        (["--num-threads", "0"], "--num-threads 0 "),
+        (["--num-threads", "-1"], "--num-threads -1 "),
+    ],
+)
+def test_the_command_refuses_what_evaluate_refuses(
+    generated_data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: list[str], said: str
+) -> None:
+    command = ["paired", str(tmp_path), str(tmp_path), "--data", str(generated_data / "test"), *option]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(UserError, match=said):
         paired.main()
+
+
+def test_the_commands_options_are_those_of_the_estimate(
+    exports: list[Path], generated_data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[NllSettings] = []
+
+    def hear(subjects: Any, dataset: Any, settings: NllSettings, **_: Any) -> None:
+        heard.append(settings)
+        raise FinishedElsewhere
+
+    monkeypatch.setattr(paired, "compare", hear)
+    options = ["--mode", "uniform", "--no-clip", "--nll-respacing", "5", "--target-stderr", "0.5"]
+    command = ["paired", *map(str, exports), "--data", str(generated_data / "test"), *options]
+    monkeypatch.setattr(sys, "argv", command)
+    assert paired.main() == 0
+    assert heard == [NllSettings(mode="uniform", clip_denoised=False, respacing="5", target_stderr=0.5)]
+
+
+def test_results_of_another_definition_are_not_these(
+    exports: list[Path], dataset: ShardDataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    subjects = [open_subject(path) for path in exports]
+    before = paired._key(subjects, dataset, NllSettings(), 0)
+    monkeypatch.setattr(paired, "DEFINITION", paired.DEFINITION + 1)
+    assert paired._key(subjects, dataset, NllSettings(), 0) != before

@@ -27,6 +27,7 @@ from data_pipeline.errors import UserError
 from evaluation.chunks import Chunks
 from evaluation.sample import main
 from evaluation.sample_files import read_samples, write_npz
+from evaluation.sample_place import Place
 from evaluation.sampling_job import sample_chunks
 from trainer.diffusion.samplers import to_uint8
 from trainer.export import open_export
@@ -262,6 +263,37 @@ def test_chunks_of_another_request_are_not_taken(
             assert sum(map(len, calls)) == 4, change
 
 
+@pytest.mark.parametrize("name", ["a.npz", "a"])
+def test_an_account_stays_until_its_images_are_replaced(
+    exports: tuple[Path, Path], tmp_path: Path, calls: list[list[int]], name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And it does not pass for the new one's, with which nothing more would be made."""
+    given = (exports[0], "--num", 4, "--batch", 2, "--respacing", 3, "--out", tmp_path / name)
+    run(*given)
+    account = Place(tmp_path / name).account
+    before = account.read_bytes()
+    again = (*given, "--seed", 1, "--overwrite")
+    calls.clear()
+    run(*again, "--shard", "1/2")
+    assert calls == [[2, 3]]
+    assert account.read_bytes() == before
+
+    def stopped(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for target in ("trainer.sampling.to_uint8", "evaluation.sample.write_json"):
+        assert account.read_bytes() == before
+        with monkeypatch.context() as patch:
+            patch.setattr(target, stopped)
+            with pytest.raises(KeyboardInterrupt):
+                run(*again, "--shard", "0/2")
+    assert account.exists() == (name == "a")  # the npz is new, the folder is not
+    calls.clear()
+    run(*again, "--shard", "0/2")
+    assert calls == []
+    assert json.loads(account.read_text())["seed"] == 1
+
+
 KILLS = 6
 
 
@@ -367,7 +399,7 @@ def nothing_is_sampled(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("evaluation.sample.sample_chunks", sampled)
 
 
-def refused(out: Path, *arguments: object) -> str:
+def refused(out: Path | str, *arguments: object) -> str:
     """What the command says before anything is sampled."""
     with pytest.raises(UserError) as caught:
         run(*arguments, "--out", out)
@@ -393,7 +425,7 @@ def test_what_does_not_fit_is_refused(exports: tuple[Path, Path], tmp_path: Path
         ((classless, "--guidance", "0"), "guidance=0: tiny has no null class"),
         ((base, "--guidance", "2", "--guidance", "1"), "--guidance was given 2 times for 1"),
         ((base, "--guidance", "2", "--classes", "1,-1"), "guidance=2: class -1 (none) is nothing to be guided to"),
-        ((base, "--guidance", "0", "--classes", "1"), "--classes 1: these networks know no classes"),
+        ((base, "--guidance", "0", "--classes", "1"), "--classes 1: --guidance 0 samples without classes"),
         ((base, "--guidance=-1"), "guidance=-1"),
         ((base, "--shard", "2/2"), "--shard 2/2"),
         ((base, "--num", "0"), "--num 0"),
@@ -401,6 +433,8 @@ def test_what_does_not_fit_is_refused(exports: tuple[Path, Path], tmp_path: Path
         ((base, "--num-threads", "-1"), "--num-threads -1 is too small"),
         ((base, "--seed", 2**63), f"--seed {2**63} is too large"),
         ((base, "--first", 2**63), f"--first {2**63} is too large"),
+        ((base, "--num", 10**12), f"--num {10**12} is too large; use 100000000 or less"),
+        ((base, "--first", 10**8 - 1, "--num", 2), "images have the numbers 0 to 99999999"),
         ((tmp_path,), "not an export"),
     ):
         assert message in refused(tmp_path / "out.npz", *arguments)
@@ -451,6 +485,8 @@ def test_a_place_that_cannot_be_written_is_refused(exports: tuple[Path, Path], t
         ("file/b/a.npz", "file is a file, not a folder"),
     ):
         assert message in refused(tmp_path / out, base, "--overwrite")
+    for nameless in (".", "", "/", ".."):
+        assert "has no name of its own" in refused(nameless, base, "--overwrite")
 
 
 def test_the_command_ends_with_one_line_and_a_code() -> None:

@@ -116,6 +116,33 @@ def test_bad_files(tmp_path: Path) -> None:
     np.savez(path, mu=np.zeros(3), sigma=np.eye(4))
     with pytest.raises(DataError, match=r"mu \[3\] and sigma \[4, 4\]"):
         read_stats(path, identity=IDENTITY)
-    np.savez(path, mu=np.zeros(3), sigma=np.full((3, 3), np.nan))
-    with pytest.raises(DataError, match="not finite in mu or sigma"):
-        read_stats(path, identity=IDENTITY)
+
+
+@pytest.mark.parametrize(
+    ("name", "array", "message"),
+    [
+        ("mu", np.array(["a", "b", "c"]), r"mu is <U1 \[3\]; real numbers in 1 dimensions"),
+        ("mu", np.array([0, np.inf, 0]), "not finite in mu"),
+        ("sigma", np.full((3, 3), np.nan), "not finite in sigma"),
+        ("sigma", np.eye(3) + 1j, r"sigma is complex128 \[3, 3\]"),
+        ("sigma", np.diag([1.0, 1.0, -1.0]), "sigma: a covariance has the negative eigenvalue -1"),
+        ("sigma", np.eye(3) + np.eye(3, k=1), "sigma: a covariance is not symmetric"),
+        ("sigma_s", np.diag([1.0, -1.0]), "sigma_s: a covariance has the negative eigenvalue -1"),
+        ("inception_scores", np.array([3.0, np.nan]), "not finite in inception_scores"),
+        ("inception_scores", np.zeros(0), r"inception_scores is float64 \[0\]"),
+        ("N", np.array([50, 50]), r"N is int64 \[2\]"),
+        ("N", np.float64(-1), "N is -1; a whole number from 0"),
+        ("resize", np.array("large"), r"resize is <U5 \[\]"),
+        ("features", np.array("none"), r"features is <U4 \[\]"),
+        ("features", np.zeros((3, 5)), r"features is \[3, 5\], not \[2 or more, 3\] as mu has it"),
+        ("features", np.zeros((1, 3)), r"features is \[1, 3\], not \[2 or more, 3\]"),
+    ],
+)
+def test_bad_contents(tmp_path: Path, name: str, array: np.ndarray, message: str) -> None:
+    path = tmp_path / "bad.npz"
+    write_stats(path, FeatureStats(IDENTITY, "", 50, gaussian(50, 3), gaussian(50, 2), np.array([3.0, 4.0])))
+    with np.load(path) as file:
+        arrays = dict(file)
+    np.savez(path, **arrays | {name: array})
+    with pytest.raises(DataError, match=rf"bad\.npz.*{message}"):
+        read_stats(path)

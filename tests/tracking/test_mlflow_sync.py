@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sqlite3
 import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -288,3 +290,42 @@ def test_of_two_evaluations_at_one_point_the_latest_counts() -> None:
 def test_infinity_is_not_drawn() -> None:
     point = next(train_points(TrainRecord(1, 1.0, 1.0, {"train/loss": float("inf")})))
     assert point.value != point.value
+
+
+def test_what_was_measured_in_another_way_has_another_name(run: Path, tracker: Tracker, database: Path) -> None:
+    ways: list[dict[str, Any]] = [
+        {"mode": "exact"}, {"weights": "model"}, {"respacing": "10,15"}, {"clip_denoised": False},
+        {"ensemble_below": 5},
+    ]  # fmt: skip
+    for number, measured in enumerate(ways):
+        other = dataclasses.replace(eval_record(1000, time=600.0 + number, value=9.0), measured=measured)
+        write_eval(run, other, key=f"other{number}")
+    for n in (100, 200):
+        distance = dataclasses.replace(
+            eval_record(1000, time=700.0 + n), metric="fd_efflite0", n=n, measured={"sampler": "ddim"}
+        )
+        write_eval(run, distance, key=f"distance{n}")
+    sync_run(run, tracker)
+    found = {key: value for key, step, value in rows(database) if step == 1000 and not key.endswith("_stderr")}
+    assert found["nll/test"] == eval_record(1000).value
+    names = {key for key in found if key.startswith("nll/test - ")}
+    assert names == {
+        "nll/test - mode exact", "nll/test - weights model", "nll/test - respacing 10_15",
+        "nll/test - clip_denoised False", "nll/test - ensemble_below 5",
+    }  # fmt: skip
+    assert {"fd_efflite0/test", "fd_efflite0/test - n 200"} <= found.keys()
+
+
+def test_an_evaluations_pictures_and_the_table_arrive(run: Path, tracker: Tracker) -> None:
+    folder = run / "evals" / "000000001000"
+    (folder / "k").mkdir()
+    (folder / "k" / "nll_per_t.png").write_bytes(b"png")
+    named = json.loads((folder / "k.json").read_text()) | {"name": "nll test abc"}
+    (folder / "k.json").write_text(json.dumps(named))
+    (run / "evals" / "metrics.txt").write_text("table")
+    run_id = sync_run(run, tracker)
+    assert run_id is not None
+    there = tracker.client.list_artifacts(run_id, "evals")
+    assert sorted(item.path for item in there) == ["evals/000000001000", "evals/metrics.txt"]
+    (picture,) = tracker.client.list_artifacts(run_id, "evals/000000001000/nll test abc")
+    assert picture.path.endswith("nll_per_t.png")

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -74,8 +75,10 @@ def eval_points(records: Iterable[EvalRecord]) -> dict[tuple[str, int], list[Poi
     same point and is stored once.
     """
     points: dict[tuple[str, int], list[Point]] = {}
+    usual: dict[tuple[str, str], dict[str, Any]] = {}
     for record in sorted(records, key=lambda r: r.time):
-        key, time_ms = _eval_key(record), _milliseconds(record.time)
+        first = usual.setdefault((record.metric, record.split), _way(record))
+        key, time_ms = _eval_key(record, first), _milliseconds(record.time)
         group = [Point(COMPUTE, record.compute, 0, record.nimg)]
         if record.stderr is not None:
             group.append(Point(f"{key}_stderr", _drawable(record.stderr), time_ms, record.nimg))
@@ -85,11 +88,27 @@ def eval_points(records: Iterable[EvalRecord]) -> dict[tuple[str, int], list[Poi
     return points
 
 
-def _eval_key(record: EvalRecord) -> str:
-    """`nll/test`; what was measured in another way than studies do says so: `nll/test (model)`, `nll/test (exact)`."""
-    usual = {"weights": "ema", "mode": "importance"}
-    unusual = [str(record.measured[k]) for k, v in usual.items() if record.measured.get(k, v) != v]
-    return f"{record.metric}/{record.split}" + "".join(f" ({word})" for word in unusual)
+# How studies measure a likelihood; how they measure samples, the first record of a run says.
+_USUAL_NLL = {
+    "bound": "L_vlb", "mode": "importance", "respacing": None, "clip_denoised": True, "ensemble_below": None,
+    "weights": "ema",
+}  # fmt: skip
+
+
+def _way(record: EvalRecord) -> dict[str, Any]:
+    """What tells an evaluation from another one of the same metric and split."""
+    if record.metric == "nll":
+        return {name: record.measured.get(name, usual) for name, usual in _USUAL_NLL.items()}
+    hashes = ("feature_weights_sha256", "reference", "train_data")
+    return {k: v for k, v in record.measured.items() if k not in hashes} | {"n": record.n}
+
+
+def _eval_key(record: EvalRecord, first: dict[str, Any]) -> str:
+    """`nll/test`; what was measured in another way than usual says so: `nll/test - mode exact`, `... - n 50000`."""
+    usual = _USUAL_NLL if record.metric == "nll" else first
+    own = _way(record)
+    unusual = [f"{k} {own.get(k)}" for k in sorted(own.keys() | usual.keys()) if own.get(k) != usual.get(k)]
+    return " - ".join([f"{record.metric}/{record.split}", *(re.sub(r"[^\w./ -]", "_", word) for word in unusual)])
 
 
 def law_points(law: LawRun) -> Iterator[Point]:
