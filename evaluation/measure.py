@@ -59,7 +59,7 @@ class Evaluation:
         estimate = estimate_nll(
             self.subject.condition, self.subject.diffusion(settings.respacing), self.dataset, settings,
             seed=self.request.seed, device=self.subject.device, chunks=self.chunks,
-            title=self._title(f"nll {self.dataset.manifest.split}"),
+            title=self._title(f"nll {self.dataset.manifest.split}"), final=not self.request.kinds,
         )  # fmt: skip
         if self.artifacts is not None:
             estimate.write_artifacts(self.artifacts)

@@ -60,7 +60,7 @@ def holds(result: Path, key: str) -> bool:
     except (OSError, ValueError, KeyError, TypeError):
         found = None
     if found != key:
-        raise UserError(f"{result} is not the result of this evaluation; name another --out, or delete it.")
+        raise UserError(f"{result} is not the result of this evaluation; delete it, or name another --out.")
     return True
 
 

@@ -32,10 +32,10 @@ def test_names_in_requests() -> None:
     assert check_kinds(["fid", "kd", "kid", "sfid", "recall"], "inception") == ("fd", "kd", "sfd", "recall")
     assert check_kinds(["fd", "kd"], "efflite0") == ("fd", "kd")
     for name in ("fid", "kid"):
-        with pytest.raises(UserError, match=f"{name} is of Inception-v3's .* --feature-net inception"):
+        with pytest.raises(UserError, match=f"'{name}' is of Inception-v3's .* --feature-net inception"):
             check_kinds([name], "efflite0")
     for name, what in (("is", "class probabilities"), ("sfd", "spatial features"), ("sfid", "spatial features")):
-        with pytest.raises(UserError, match=f"{name} is of {what}, which efflite0 does not give: use --feature-net"):
+        with pytest.raises(UserError, match=f"'{name}' is of {what}, which efflite0 does not give: use --feature-net"):
             check_kinds(["fd", name], "efflite0")
     with pytest.raises(UserError, match="unknown metric 'fdi'; known: fd, sfd"):
         check_kinds(["fdi"], "inception")
@@ -93,11 +93,11 @@ def test_statistics_of_unknown_weights_are_compared_with_a_note() -> None:
 def test_what_statistics_alone_cannot_give(kind: str, name: str, missing: str) -> None:
     x = features_of(10, 0)
     bare = FeatureSet(FeatureStats(x.identity, "", 10, x.stats.pool), None)
-    with pytest.raises(DataError, match=f"{name} needs .*{missing}.*, which the reference does not hold: .*{name}"):
+    with pytest.raises(DataError, match=f"'{name}' needs .*{missing}.*, which the reference does not hold: .*{name}"):
         quality(x, bare, [kind])
-    with pytest.raises(DataError, match=f"{name} needs .*{missing}.*, which the set of samples does not hold"):
+    with pytest.raises(DataError, match=f"'{name}' needs .*{missing}.*, which the set of samples does not hold"):
         quality(bare, x, [kind])
-    with pytest.raises(DataError, match="is needs class probabilities, which the set of samples"):
+    with pytest.raises(DataError, match="'is' needs class probabilities, which the set of samples"):
         quality(bare, x, ["is"])
     assert quality(x, bare, ["is"])["is"].value >= 1
 
