@@ -21,7 +21,7 @@ from cluster.trials import Trial, trial_config
 from data_pipeline.errors import UserError
 from trainer.config import load_config, save_config
 from trainer.run_folder import check_same_run
-from trainer.tracking.records import EvalRecord, TrainRecord, segments
+from trainer.tracking.records import EvalRecord, TrainRecord, read_result, segments
 
 
 class StudyFolder:
@@ -98,8 +98,7 @@ class StudyFolder:
             if (export / "manifest.json").exists():
                 for out in dict.fromkeys(job.out for job in self._jobs(facts, export)):
                     if out.exists():
-                        values = json.loads(out.read_text())["records"]
-                        records += [EvalRecord.from_json(value) for value in values]
+                        records += read_result(out)
         return records
 
     def num_evaluations(self, trial: str) -> int:

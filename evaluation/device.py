@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 
 import torch
 
@@ -22,3 +23,10 @@ def pick_device(num_threads: int | None = None) -> torch.device:
     if num_threads:
         torch.set_num_threads(num_threads)
     return torch.device("cpu")
+
+
+def computed_on(device: torch.device) -> dict[str, object]:
+    """What the last digits of a result depend on, for its record: the device, a CPU's threads, torch's version."""
+    if device.type == "cuda":
+        return {"device": torch.cuda.get_device_name(device), "torch": torch.__version__}
+    return {"device": platform.machine(), "num_threads": torch.get_num_threads(), "torch": torch.__version__}

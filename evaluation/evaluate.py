@@ -1,11 +1,11 @@
 """Evaluate an export: likelihood and sample quality, as records.
 
     python -m evaluation.evaluate RUN/exports/000000008192 --data data/cifar10/test --metrics nll,fd
-    torchrun --nproc-per-node 8 -m evaluation.evaluate EXPORT --data data/imagenet64/test --metrics nll
+    torchrun --nproc-per-node 8 -m evaluation.evaluate -- EXPORT --data data/imagenet64/test --metrics nll
 
 Prints a table of the metrics (--json: the records), writes the records beside the run (RUN/evals) or to --out, with
-pictures and arrays in a folder of the same name, and sends them to MLflow when the run has been sent there. Processes
-share the work (a launcher's, or those told their --shard); an interrupted evaluation goes on where it was.
+pictures and arrays in a folder of the same name, and sends them to MLflow (unless told --no-mlflow). Processes share
+the work (a launcher's, or those told their --shard); an interrupted evaluation goes on where it was.
 """
 
 from __future__ import annotations
@@ -30,7 +30,6 @@ from evaluation.results import (
     chunks_of,
     holds,
     key_of,
-    read_records,
     result_path,
     run_of,
     send_to_mlflow,
@@ -42,7 +41,7 @@ from trainer.config import SamplingConfig, validate
 from trainer.diffusion.respacing import space_timesteps
 from trainer.export import Export, open_export
 from trainer.sampling import check_guidance
-from trainer.tracking.records import EvalRecord
+from trainer.tracking.records import EvalRecord, read_result
 
 
 def evaluate(
@@ -184,7 +183,7 @@ def main() -> int:
     if shard.index != 0:
         print(f"part {shard.index} of {shard.count} is done; part 0 writes {result}", file=sys.stderr)
         return 0
-    records = read_records(result)
+    records = read_result(result)
     print(json.dumps([r.to_json() for r in records], indent=2) if a.json else metrics_table(records))
     print(f"records: {result}", file=sys.stderr)
     return 0

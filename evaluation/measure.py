@@ -14,6 +14,7 @@ import torch
 from data_pipeline.dataset import ShardDataset
 from data_pipeline.errors import UserError
 from evaluation.chunks import Advance, Arrays, Chunks, concatenated, cut
+from evaluation.device import computed_on
 from evaluation.features import FeatureNet, get_feature_net
 from evaluation.features.feature_set import FeatureSet, feature_arrays, gather, spread
 from evaluation.features.reference import published_features, real_floor, reference_features
@@ -198,7 +199,7 @@ class Evaluation:
             n=n,
             seeds=seeds,
             measured={**measured, "weights": weights, **both},
-            details=found.details | (extra or {}),
+            details=found.details | (extra or {}) | {"computed_on": computed_on(self.subject.device)},
             data=self.dataset.manifest.fingerprint,
             weights=self.subject.sha256,
             run=info["run"],

@@ -91,11 +91,6 @@ def write_records(path: Path, key: str, records: Sequence[EvalRecord], request: 
     )
 
 
-def read_records(path: Path) -> list[EvalRecord]:
-    """The records of one evaluation."""
-    return [EvalRecord.from_json(value) for value in json.loads(path.read_text())["records"]]
-
-
 def write_table(run: Path) -> None:
     """Write the table of all that was measured of a run to RUN/evals/metrics.txt."""
     write_atomic(run / "evals" / "metrics.txt", metrics_table(read_eval_records(run)) + "\n")

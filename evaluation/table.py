@@ -13,7 +13,7 @@ from pathlib import Path
 
 from data_pipeline.errors import UserError, run_cli
 from evaluation.report.tables import metrics_table
-from trainer.tracking.records import EvalRecord, read_eval_records
+from trainer.tracking.records import EvalRecord, read_eval_records, read_result
 
 
 def records_in(folder: Path) -> list[EvalRecord]:
@@ -21,11 +21,12 @@ def records_in(folder: Path) -> list[EvalRecord]:
 
     Raises UserError where there are none.
     """
+    if (folder.resolve().parent.parent / "run.json").exists():  # an export of a run
+        folder = folder.resolve().parent.parent
     runs = sorted(path.parent for path in folder.glob("trials/*/run.json")) or [folder]
     records = [dataclasses.replace(record, run=run.name) for run in runs for record in read_eval_records(run)]
     for path in sorted(folder.glob("evals/*.json")):
-        values = json.loads(path.read_text())["records"]
-        records += [dataclasses.replace(EvalRecord.from_json(value), run=folder.name) for value in values]
+        records += [dataclasses.replace(record, run=folder.name) for record in read_result(path)]
     if not records:
         raise UserError(f"{folder} holds no evaluations; make some: python -m evaluation.evaluate EXPORT --data SPLIT")
     return records

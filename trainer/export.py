@@ -53,8 +53,8 @@ class Export:
     def check_holds(self, weights: Weights) -> None:
         """Raises UserError, naming what there is, when the export holds no weights of this kind."""
         if weights not in self.weights_sha256:
-            there = " and ".join(self.weights_sha256)
-            raise UserError(f"weights={weights}: {self.path} holds only {there}; ask for weights={there}.")
+            there = ", ".join(self.weights_sha256)
+            raise UserError(f"weights={weights}: {self.path} holds only {there}; ask for one of these.")
 
 
 def write_export(checkpoint: Path, exports: Path, *, run_id: str) -> Path:

@@ -28,13 +28,13 @@ from evaluation.measure import over_repeats
 from evaluation.nll.settings import NllSettings
 from evaluation.quality import Measured
 from evaluation.request import EvalRequest
-from evaluation.results import artifacts_of, chunks_of, key_of, read_records, result_path, write_records
+from evaluation.results import artifacts_of, chunks_of, key_of, result_path, write_records
 from evaluation.subject import identity_in_manifest, open_subject, weights_identity
 from evaluation.table import records_in
 from trainer.checkpoint import verify
 from trainer.config import SamplingConfig
 from trainer.export import Export, open_export
-from trainer.tracking.records import read_eval_records
+from trainer.tracking.records import read_eval_records, read_result
 
 ROOT = Path(__file__).resolve().parents[2]
 FEW = NllSettings(num_calls=256)
@@ -170,7 +170,7 @@ def request_of(data: Path) -> EvalRequest:
 
 def told(path: Path) -> list[dict[str, Any]]:
     """Records without the time at which they were made."""
-    return [{k: v for k, v in record.to_json().items() if k != "time"} for record in read_records(path)]
+    return [{k: v for k, v in record.to_json().items() if k != "time"} for record in read_result(path)]
 
 
 @pytest.fixture(scope="module")
@@ -329,7 +329,12 @@ def test_an_export_is_verified_once(
     assert main() == 0
     assert verified == [export]
     assert "NLL (bits/dim)" in capsys.readouterr().out
-    assert [record.run for record in records_in(export.parent.parent)] == ["run"]
+    for folder in (export.parent.parent, export):
+        assert [record.run for record in records_in(folder)] == ["run"]
+    (result,) = export.parent.parent.glob("evals/*/*.json")
+    result.write_text("{")
+    with pytest.raises(UserError, match="delete it and measure again"):
+        records_in(export.parent.parent)
 
 
 def test_impossible_steps_are_refused_before_any_work(

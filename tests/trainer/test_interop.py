@@ -341,17 +341,21 @@ def test_an_import_of_one_file_has_only_that_kind(small: Path, tmp_path: Path) -
 
 
 def test_an_imported_export_can_be_evaluated(tiny_config: Path, generated_data: Path, tmp_path: Path) -> None:
-    from evaluation.evaluate import EvalRequest, evaluate
+    from evaluation.evaluate import evaluate
+    from evaluation.nll.settings import NllSettings
+    from evaluation.request import EvalRequest
 
     config = load_config(tiny_config)
     state = random_state({p.theirs: p.shape for p in improved_diffusion.pairs(meta_network(config))})
     info = import_checkpoint(save(state, tmp_path / "ema_0.9_5.pt"), tmp_path / "out", config)
-    request = EvalRequest(data=generated_data / "test", num_calls=256, num_threads=1)
+    request = EvalRequest(data=generated_data / "test", nll=NllSettings(num_calls=256), num_threads=1)
     (record,) = evaluate(tmp_path / "out", request, progress=False)
     assert (record.nimg, record.compute) == (40, 40 * info["flops_per_image"])
     assert record.run == info["run"] == f"imported-{info['source']['files']['ema']['sha256'][:16]}"
     with pytest.raises(UserError, match="holds only ema"):
-        evaluate(tmp_path / "out", EvalRequest(data=generated_data / "test", num_calls=256, weights="model"))
+        evaluate(
+            tmp_path / "out", EvalRequest(data=generated_data / "test", nll=NllSettings(num_calls=256), weights="model")
+        )
 
 
 def test_an_import_exists_completely_or_not_at_all(

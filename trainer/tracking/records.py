@@ -16,6 +16,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from data_pipeline.errors import DataError
+
 FLOP_CONVENTION = "2 per multiply-add, training = 3 x forward"
 
 
@@ -114,8 +116,14 @@ def read_train_records(run_folder: Path) -> Iterator[TrainRecord]:
 
 
 def read_eval_records(run_folder: Path) -> list[EvalRecord]:
-    """All evaluation records of a run, by nimg, split and metric."""
-    records = []
-    for path in sorted(run_folder.glob("evals/*/*.json")):
-        records += [EvalRecord.from_json(value) for value in json.loads(path.read_text())["records"]]
+    """All evaluation records of a run, by nimg, split and metric. Raises DataError for a file that is damaged."""
+    records = [r for path in sorted(run_folder.glob("evals/*/*.json")) for r in read_result(path)]
     return sorted(records, key=lambda r: (r.nimg, r.metric, r.split))
+
+
+def read_result(path: Path) -> list[EvalRecord]:
+    """The records of one evaluation. Raises DataError when the file is damaged."""
+    try:
+        return [EvalRecord.from_json(value) for value in json.loads(path.read_text())["records"]]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{path} is no file of evaluation records ({error}): delete it and measure again.") from None
