@@ -1,4 +1,4 @@
-"""The metric record and its files. Standard library only: the files are the truth, MLflow is a view of them.
+"""The metric record and its files. No third-party package: the files are the truth, MLflow is a view of them.
 
 A run folder holds `metrics.<n>.jsonl` segments (training records; a resume at nimg n opens segment n and so
 replaces what an earlier segment said at or beyond n) and `evals/<nimg>/<key>.json` (evaluation records).
