@@ -71,8 +71,6 @@ def evaluate(
 def _check_fits(export: Export, dataset: ShardDataset, request: EvalRequest) -> None:
     """Raises UserError for what this network or this data cannot give, before anything is loaded or computed."""
     check_data(export.config, dataset)
-    if request.num_reference and request.num_reference > len(dataset):
-        raise UserError(f"--num-reference {request.num_reference}: {request.data} has {len(dataset)} images.")
     num_timesteps = export.config.diffusion.num_timesteps
     if request.kinds or MEMORISATION in request.metrics:
         space_timesteps(num_timesteps, request.sampling.respacing)

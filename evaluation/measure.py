@@ -12,7 +12,6 @@ import numpy as np
 import torch
 
 from data_pipeline.dataset import ShardDataset
-from data_pipeline.errors import UserError
 from evaluation.chunks import Advance, Arrays, Chunks, concatenated, cut
 from evaluation.device import computed_on
 from evaluation.features import FeatureNet, get_feature_net
@@ -73,8 +72,6 @@ class Evaluation:
         """How near samples are to training images in pixels, against held-out images of the same number."""
         assert self.request.train_data is not None
         train = ShardDataset(self.request.train_data)
-        if train.manifest.fingerprint == self.dataset.manifest.fingerprint:
-            raise UserError(f"{MEMORISATION} compares with held-out images: let --data be another split.")
         parts = sample_chunks(
             [self.subject.stage(self.request.sampling)], range(NEIGHBOUR_SAMPLES), seed=self.request.seed,
             batch=NEIGHBOUR_SAMPLES, device=self.subject.device, chunks=Chunks(), title=self._title("a few samples"),

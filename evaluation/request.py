@@ -90,8 +90,6 @@ class EvalRequest:
         """Raises UserError for what cannot be measured, before anything is computed."""
         if not self.metrics:
             raise UserError(f"no metric is asked for; known: {', '.join((*OTHERS, *KINDS))}.")
-        if MEMORISATION in self.metrics and self.train_data is None:
-            raise UserError(f"{MEMORISATION} compares samples with training images: name their split, --train-data.")
         if "nll" in self.metrics:
             self.nll.check()
         for name, least in (("seed", 0), ("num_reference", 2), ("num_threads", 1), ("repeats", 1), ("batch", 1)):
@@ -103,9 +101,22 @@ class EvalRequest:
         least = max((FEWEST[kind] for kind in self.kinds), default=0)
         if self.num_samples < least:
             raise UserError(f"--num-samples {self.num_samples} are too few for these metrics; use {least} or more.")
+        self._check_data()
         for path in (self.reference, self.feature_weights):
             if path is not None and not path.is_file():
                 raise UserError(f"{path}: no such file.")
+
+    def _check_data(self) -> None:
+        there = Manifest.load(self.data)
+        if self.num_reference and self.num_reference > there.num_samples:
+            raise UserError(f"--num-reference {self.num_reference}: {self.data} has {there.num_samples} images.")
+        if MEMORISATION in self.metrics:
+            if self.train_data is None:
+                raise UserError(
+                    f"{MEMORISATION} compares samples with training images: name their split, --train-data."
+                )
+            if Manifest.load(self.train_data).fingerprint == there.fingerprint:
+                raise UserError(f"{MEMORISATION} compares with held-out images: let --data be another split.")
 
 
 def _hash(path: Path) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -119,9 +120,15 @@ def test_nobody_works_for_a_job_that_is_done(tmp_path: Path) -> None:
         next(results)
     assert job.made == []
     result.unlink()
-    timer = threading.Timer(0.5, result.touch)
-    timer.start()
-    with pytest.raises(FinishedElsewhere):  # while it waits for the others
+
+    def finish_when_it_waits() -> None:
+        while len(job.made) < 3:
+            time.sleep(0.01)
+        time.sleep(0.5)
+        result.touch()
+
+    threading.Thread(target=finish_when_it_waits, daemon=True).start()
+    with pytest.raises(FinishedElsewhere):
         run(chunks, job)
     assert job.made == [1, 3, 5]
 
