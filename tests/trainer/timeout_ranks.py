@@ -21,4 +21,5 @@ if __name__ == "__main__":
     groups = list(dist.distributed_c10d._world.pg_map)
     timeouts = [group._get_backend(torch.device("cpu")).options._timeout.total_seconds() for group in groups]
     print("timeouts", *timeouts, flush=True)
+    processes.barrier()  # the first process holds the store that the others still read
     os._exit(0)
