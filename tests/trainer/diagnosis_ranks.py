@@ -1,6 +1,6 @@
-"""Run by the ranks of a test job: a fault on one process, diagnosed under the engine at every ZeRO stage.
+"""Run by the ranks of a test job: a fault on one process, diagnosed under the engine at some ZeRO stages.
 
-python tests/trainer/diagnosis_ranks.py CONFIG.yaml FOLDER
+python tests/trainer/diagnosis_ranks.py CONFIG.yaml FOLDER STAGE [STAGE ...]
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def check(overrides: list[str], processes: Processes) -> None:
 
 if __name__ == "__main__":
     processes = start_processes(num_cpu_threads=1)
-    for stage in (0, 1, 2, 3):
+    for stage in sys.argv[3:]:
         check([f"engine.zero_stage={stage}"], processes)
     processes.barrier()
     print("checked")

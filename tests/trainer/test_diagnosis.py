@@ -152,7 +152,8 @@ def test_nothing_found_is_said_and_no_hook_is_left() -> None:
     assert not any(p._backward_hooks for p in net.parameters())
 
 
-def test_under_the_engine_at_every_zero_stage(tiny_config: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("stages", ["3", pytest.param("0 1 2", marks=pytest.mark.prove)])
+def test_under_the_engine_at_every_zero_stage(tiny_config: Path, tmp_path: Path, stages: str) -> None:
     """Two processes, the fault on one of them; its images are named."""
-    command = ["tests/trainer/diagnosis_ranks.py", str(tiny_config), str(tmp_path / "run")]
+    command = ["tests/trainer/diagnosis_ranks.py", str(tiny_config), str(tmp_path / "run"), *stages.split()]
     assert run_ranks(command, world_size=2).count("checked") == 2

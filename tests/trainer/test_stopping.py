@@ -73,6 +73,7 @@ def test_a_save_that_the_next_one_waits_for_takes_its_time(start: Callable[..., 
     assert "000000000008" in [path.name for path in list_checkpoints(tmp_path / "run" / "checkpoints")]
 
 
+@pytest.mark.prove
 def test_who_is_stopping_draws_no_grid(start: Callable[..., Job], tmp_path: Path) -> None:
     (process,) = start("grid", "train.budget_images=1000000")
     text = process.communicate(timeout=60)[0]

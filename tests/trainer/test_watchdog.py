@@ -108,6 +108,7 @@ def test_a_process_whose_interpreter_is_blocked_is_killed(start: Callable[..., J
     told(texts, "process 1", "frozen")
 
 
+@pytest.mark.prove
 def test_a_job_that_was_suspended_as_a_whole_goes_on(start: Callable[..., Job]) -> None:
     job = start("step", "step", dead=3, hang=3)
     for process in job:
