@@ -94,6 +94,7 @@ def _preflight(folder: StudyFolder) -> None:
     for trial in folder.trials.values():
         for request in requests(folder.study, trial, trial.total_images):
             request.check()
+            request.check_data()
     distance = folder.study.evaluation.distance
     if distance is not None:
         get_feature_net(distance.feature_net, weights=distance.feature_weights)

@@ -60,6 +60,7 @@ def evaluate(
         FinishedElsewhere: another process has written the result.
     """
     request.check()
+    request.check_data()
     opened = open_export(export) if isinstance(export, Path) else export
     dataset = ShardDataset(request.data)
     _check_fits(opened, dataset, request)

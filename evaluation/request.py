@@ -101,22 +101,20 @@ class EvalRequest:
         least = max((FEWEST[kind] for kind in self.kinds), default=0)
         if self.num_samples < least:
             raise UserError(f"--num-samples {self.num_samples} are too few for these metrics; use {least} or more.")
-        self._check_data()
+        if MEMORISATION in self.metrics and self.train_data is None:
+            raise UserError(f"{MEMORISATION} compares samples with training images: name their split, --train-data.")
         for path in (self.reference, self.feature_weights):
             if path is not None and not path.is_file():
                 raise UserError(f"{path}: no such file.")
 
-    def _check_data(self) -> None:
+    def check_data(self) -> None:
+        """Raises UserError for data that is not there, or not what was asked for; it reads manifests only."""
         there = Manifest.load(self.data)
         if self.num_reference and self.num_reference > there.num_samples:
             raise UserError(f"--num-reference {self.num_reference}: {self.data} has {there.num_samples} images.")
-        if MEMORISATION in self.metrics:
-            if self.train_data is None:
-                raise UserError(
-                    f"{MEMORISATION} compares samples with training images: name their split, --train-data."
-                )
-            if Manifest.load(self.train_data).fingerprint == there.fingerprint:
-                raise UserError(f"{MEMORISATION} compares with held-out images: let --data be another split.")
+        train = self.train_data if MEMORISATION in self.metrics else None
+        if train is not None and Manifest.load(train).fingerprint == there.fingerprint:
+            raise UserError(f"{MEMORISATION} compares with held-out images: let --data be another split.")
 
 
 def _hash(path: Path) -> str:
