@@ -116,10 +116,6 @@ class StudyFolder:
         line = _last_line(found[-1][1]) if found else b""
         return TrainRecord(**json.loads(line)) if line else None
 
-    def log_tail(self, trial: str, num_lines: int = 15) -> str:
-        log = self.run_folder(trial) / "log.txt"
-        return "\n".join(log.read_text(errors="replace").splitlines()[-num_lines:]) if log.exists() else ""
-
     def _jobs(self, trial: Trial, export: Path) -> list[EvalJob]:
         """One job a shard of every evaluation; all shards of one are proved done by the same file."""
         nimg = int(export.name)
@@ -130,7 +126,7 @@ class StudyFolder:
         seconds = work / (self.study.device.peak_flops * self.study.device.utilization * devices) / max(1, len(wanted))
         jobs = []
         for request in wanted:
-            key = _key(request, _weights(export, request.weights))
+            key = _key(request, _network(export, request.weights))
             out = self.run_folder(trial.name) / "evals" / export.name / f"{key}.json"
             for shard in range(num_shards):
                 name = f"{trial.name}/{export.name}/{key}" + (f" {shard + 1}/{num_shards}" if num_shards > 1 else "")
@@ -167,14 +163,14 @@ def requests(study: StudyConfig, trial: Trial, nimg: int) -> list[Any]:
 
 
 @lru_cache(maxsize=65536)
-def _key(request: Any, weights_sha256: str) -> str:
+def _key(request: Any, network: str) -> str:
     """`EvalRequest.key`, which reads the data's manifest; asked for at every look at the folder."""
-    key: str = request.key(weights_sha256)
+    key: str = request.key(network)
     return key
 
 
 @lru_cache(maxsize=4096)
-def _weights(export: Path, weights: str) -> str:
+def _network(export: Path, weights: str) -> str:
     """What names an export's network; an export never changes."""
     from evaluation.subject import identity_in_manifest
 
