@@ -38,10 +38,11 @@ from data_pipeline.files import write_json
 from data_pipeline.prefetch import Prefetcher
 from trainer.communication import Link, step_seconds, traffic
 from trainer.config import RunConfig, load_config
-from trainer.inputs import StepInputs
+from trainer.input_workers import WorkerSteps
 from trainer.loop import MicroBatch
 from trainer.ports import free_port
 from trainer.processes import Processes, StopRequest, start_processes
+from trainer.step_inputs import StepInputs
 from trainer.watchdog import Watchdog
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -54,7 +55,7 @@ BATCH = 16  # images a process and step
 class Measured:
     """The inputs of a run's steps, with a stop-watch: the loop asks it for the next ones."""
 
-    def __init__(self, steps: Prefetcher[StepInputs], run: BenchmarkedRun) -> None:
+    def __init__(self, steps: Prefetcher[StepInputs] | WorkerSteps, run: BenchmarkedRun) -> None:
         self._steps, self._run = steps, run
 
     def __enter__(self) -> Measured:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from data_pipeline.errors import ConfigError
-from trainer.config import SamplingConfig, Section, merge, parse_overrides, read_tree, validate
+from trainer.config import Place, SamplingConfig, Section, merge, parse_overrides, read_tree, validate
 
 
 class PowerRule(Section):
@@ -96,7 +96,7 @@ class DistanceConfig(SamplingConfig):
 
 
 class EvaluationConfig(Section):
-    test: Path = Field(description="folder of the held-out split's shards")
+    test: Place = Field(description="folder or URL of the held-out split's shards")
     num_points: int = Field(default=8, ge=1, le=1000)  # log-spaced from min_images to the budget
     min_images: int = Field(default=512, ge=1)
     images: tuple[int, ...] | None = None  # or these very points, and the budget

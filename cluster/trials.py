@@ -140,6 +140,6 @@ def _slug(text: str) -> str:
     return re.sub(r"[^\w.-]+", "_", text)
 
 
-def data_folders(study: StudyConfig, trials: list[Trial]) -> Iterator[Path]:
+def data_folders(study: StudyConfig, trials: list[Trial]) -> Iterator[str]:
     """Every split the study reads, once."""
     yield from dict.fromkeys([study.evaluation.test, *(trial.config.data.train for trial in trials)])

@@ -34,6 +34,7 @@ class Stream(IntEnum):
     CLASS_DROPOUT = 10
     STRATUM = 11
     KERNEL_SUBSET = 12
+    SUBSTITUTE = 13
 
 
 def generator(seed: int, stream: Stream, block: int, *, part: int = 0) -> np.random.Generator:

@@ -2,39 +2,74 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import zlib
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from isal import isal_zlib
 from numpy.typing import NDArray
 
-from data_pipeline import codec, index, manifest
+from data_pipeline import codec, manifest, npy, png
 from data_pipeline.errors import DataError
+from data_pipeline.files import sha256_file
 from data_pipeline.index import Index
 from data_pipeline.manifest import Manifest
+from data_pipeline.shard_files import ShardFiles, open_files
+from data_pipeline.storage import is_url
+
+if TYPE_CHECKING:
+    from data_pipeline.shard_cache import CacheSettings
 
 MAX_OPEN_SHARDS = 256
+_CHUNK = 32  # images decoded together: they fit into a core's cache
+
+
+class DamagedSampleError(DataError):
+    """One sample's bytes are not what they were; names its shard and key."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What was read; a damaged sample's image is undefined."""
+
+    images: NDArray[np.uint8]  # [n, C, H, W]
+    labels: NDArray[np.int64]  # [n], -1 where unlabelled
+    damaged: dict[int, DamagedSampleError]  # by row
 
 
 class ShardDataset:
-    """The images and labels of a prepared split, by sample number 0 .. len - 1 (the order of the shards).
+    """The images and labels of a split, by sample number 0 .. len - 1 (the order of the shards).
 
-    May be read by several threads at once, and after a fork. Reading checks the stored crc32 of every image.
+    `place` is a folder or a URL. May be read by several threads at once, and after a fork. Reading checks the stored
+    crc32 of every image.
 
     Raises:
-        DataError: the folder is no complete split: names what is missing or wrong, and the command that mends it.
+        DataError: there is no complete split: names what is missing or wrong, and the command that mends it.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = Path(folder)
-        self.manifest = Manifest.load(self.folder)
-        check_shards(self.folder, self.manifest)
-        self.index = load_index(self.folder, self.manifest)
+    def __init__(self, place: str | Path, cache: CacheSettings | None = None) -> None:
+        files = open_files(place, cache)
+        described = files.manifest()
+        path = files.index(described)
+        check_index(path, described, str(place))
+        self._start(str(place), cache, described, path)
+        check_shards(self.files, described, self.place)
+
+    def _start(self, place: str, cache: CacheSettings | None, described: Manifest, index: Path) -> None:
+        self.place, self.manifest, self.index = place, described, Index.open(index)
+        self.files = open_files(described.shards_at or place, cache)
         self._open = lru_cache(maxsize=MAX_OPEN_SHARDS)(self._open_shard)
+        self._state = (place, cache, described, index)
+
+    def __getstate__(self) -> tuple[Any, ...]:
+        return self._state  # another process opens the files for itself, and need not check them again
+
+    def __setstate__(self, state: tuple[Any, ...]) -> None:
+        self._start(*state)
 
     def __len__(self) -> int:
         return self.manifest.num_samples
@@ -43,98 +78,169 @@ class ShardDataset:
         """Images [n, C, H, W] and labels [n] (-1 where unlabelled) of the given samples, in the given order.
 
         Raises:
-            DataError: a sample is damaged; names its shard and key.
+            DamagedSampleError: a sample is damaged; names its shard and key.
         """
-        size = self.manifest.image_size
-        images = np.empty((len(indices), size, size, self.manifest.num_channels), dtype=np.uint8)  # [n, H, W, C]
-        for row, (sample, payload) in enumerate(zip(indices.tolist(), self.payloads(indices), strict=True)):
-            images[row] = self._decoded(sample, payload)
-        return np.ascontiguousarray(images.transpose(0, 3, 1, 2)), self.index.label[indices]
+        samples = self.read_all(indices)
+        for error in samples.damaged.values():
+            raise error
+        return samples.images, samples.labels
 
-    def payloads(self, indices: NDArray[np.int64]) -> Iterator[bytes]:
-        """The stored (encoded) bytes of the given samples' images, checked against their crc32."""
-        columns = (indices, *(getattr(self.index, name)[indices] for name in ("shard", "offset", "size", "crc32")))
-        for sample, shard, offset, size, crc32 in zip(*(column.tolist() for column in columns), strict=True):
-            payload = self._open(shard).read(size, offset)
-            if zlib.crc32(payload) != crc32:
-                raise self._damaged(sample, "its bytes do not match their checksum")
-            yield payload
+    def read_all(self, indices: NDArray[np.int64]) -> Samples:
+        """The given samples, in the given order, and which of them are damaged."""
+        size, num_channels = self.manifest.image_size, self.manifest.num_channels
+        images = np.empty((len(indices), num_channels, size, size), dtype=np.uint8)
+        damaged: dict[int, DamagedSampleError] = {}
+        read = {"png": self._read_png, "npy": self._read_npy, "any": self._read_any}[self.manifest.encoding]
+        for start in range(0, len(indices), _CHUNK):
+            chunk = slice(start, start + _CHUNK)
+            for row, what in read(indices[chunk], images[chunk]):
+                damaged[start + row] = self._damaged(int(indices[start + row]), what)
+        return Samples(images, self.index.label[indices], damaged)
 
-    def _decoded(self, sample: int, payload: bytes) -> NDArray[np.uint8]:
+    @property
+    def is_remote(self) -> bool:
+        """Whether shards must travel before they are read."""
+        return is_url(self.manifest.shards_at or self.place)
+
+    def prefetch(self, shards: list[int]) -> None:
+        """Say which shards will be read next, by number: those of a remote split begin to travel."""
+        self.files.prefetch([self.manifest.shards[number] for number in shards])
+
+    def close(self) -> None:
+        """End what runs in the background."""
+        self.files.close()
+
+    def _read_png(self, indices: NDArray[np.int64], images: NDArray[np.uint8]) -> Iterator[tuple[int, str]]:
+        """Decode samples into `images` [n, C, H, W]; gives the damaged rows and what is wrong with them."""
+        rows = png.empty_rows(len(indices), *images.shape[2:])
+        others = []  # written by another program: in another form of PNG
+        for row, payload in enumerate(self._payloads(indices)):
+            if payload is None:
+                yield row, _WRONG_SUM
+                continue
+            try:
+                if not png.inflate(payload, rows[row]):
+                    others.append((row, payload))
+            except ValueError as error:
+                yield row, f"it cannot be decoded ({error})"
+        if len(others) < len(indices):
+            png.unfilter(rows, images)
+        for row, payload in others:
+            yield from self._decoded(row, payload, images)
+
+    def _read_any(self, indices: NDArray[np.int64], images: NDArray[np.uint8]) -> Iterator[tuple[int, str]]:
+        for row, payload in enumerate(self._payloads(indices)):
+            if payload is None:
+                yield row, _WRONG_SUM
+            else:
+                yield from self._decoded(row, payload, images)
+
+    def _read_npy(self, indices: NDArray[np.int64], images: NDArray[np.uint8]) -> Iterator[tuple[int, str]]:
+        """As `_read_png`; from the file to its place in the batch without a copy between."""
+        expected = npy.header(*images.shape[1:])
+        header = bytearray(len(expected))
+        flat = images.reshape(-1).data
+        room = images[0].size
+        for row, (shard, offset, _, crc32) in enumerate(self._places(indices)):
+            pixels = flat[row * room : (row + 1) * room]
+            num_bytes = self._open(shard).read_into([header, pixels], offset)
+            if num_bytes != len(header) + room or isal_zlib.crc32(pixels, isal_zlib.crc32(header)) != crc32:
+                yield row, _WRONG_SUM
+            elif header != expected:
+                yield row, f"it is not uint8 of {list(images.shape[1:])}"
+
+    def _decoded(self, row: int, payload: bytes, images: NDArray[np.uint8]) -> Iterator[tuple[int, str]]:
         try:
-            image = codec.decode(payload)
+            image = codec.decode(payload, self.manifest.encoding)
         except (ValueError, OSError, SyntaxError) as error:
-            raise self._damaged(sample, f"it cannot be decoded ({error})") from None
+            yield row, f"it cannot be decoded ({error})"
+            return
         size = self.manifest.image_size
         if image.shape != (size, size, self.manifest.num_channels):
-            raise self._damaged(sample, f"it is {image.shape[1]}x{image.shape[0]}, the manifest says {size}x{size}")
-        return image
+            yield row, f"it is {image.shape[1]}x{image.shape[0]}, the manifest says {size}x{size}"
+            return
+        images[row] = image.transpose(2, 0, 1)
 
-    def _damaged(self, sample: int, what: str) -> DataError:
-        shard = self.folder / self.manifest.shards[int(self.index.shard[sample])].file
+    def _payloads(self, indices: NDArray[np.int64]) -> Iterator[bytes | None]:
+        """The stored bytes of the given samples' images; None where they do not match their crc32."""
+        for shard, offset, size, crc32 in self._places(indices):
+            payload = self._open(shard).read(size, offset)
+            yield payload if isal_zlib.crc32(payload) == crc32 else None
+
+    def _places(self, indices: NDArray[np.int64]) -> Iterator[tuple[int, int, int, int]]:
+        """Shard number, offset, size and crc32 of the given samples."""
+        columns = (getattr(self.index, name)[indices].tolist() for name in ("shard", "offset", "size", "crc32"))
+        return zip(*columns, strict=True)
+
+    def shard_place(self, number: int) -> str:
+        """Path or URL of a shard, for messages."""
+        return _place_of(self.manifest, self.place, self.manifest.shards[number].file)
+
+    def _damaged(self, sample: int, what: str) -> DamagedSampleError:
         key = self.index.key[sample].decode()
-        return DataError(
-            f"{shard}: sample {key} is damaged: {what}. See how far it goes: python -m data_pipeline.inspect "
-            f"{self.folder} --verify. {manifest.remedy(self.folder, self.manifest.source)}"
+        return DamagedSampleError(
+            f"{self.shard_place(int(self.index.shard[sample]))}: sample {key} is damaged: {what}. See how far it "
+            f"goes: python -m data_pipeline.inspect {self.place} --verify. "
+            f"{manifest.remedy(self.place, self.manifest.source)}"
         )
 
     def _open_shard(self, number: int) -> _OpenFile:
-        return _OpenFile(self.folder / self.manifest.shards[number].file)
+        return _OpenFile(self.files.open(self.manifest.shards[number]))
+
+
+_WRONG_SUM = "its bytes do not match their checksum"
 
 
 class _OpenFile:
     """A shard that stays open as long as somebody reads from it, even when it is not or no longer in the cache."""
 
-    def __init__(self, path: Path) -> None:
-        self._fd = os.open(path, os.O_RDONLY)
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
 
     def read(self, size: int, offset: int) -> bytes:
         # In here `self` is alive: a caller that held nothing but the number could find it closed.
         return os.pread(self._fd, size, offset)
 
+    def read_into(self, buffers: list[bytearray | memoryview], offset: int) -> int:
+        return os.preadv(self._fd, buffers, offset)
+
     def __del__(self) -> None:
-        if hasattr(self, "_fd"):
-            os.close(self._fd)
+        os.close(self._fd)
 
 
-def check_shards(folder: Path, described: Manifest) -> None:
+def check_shards(files: ShardFiles, described: Manifest, place: str) -> None:
     """Check that every shard is there with the right size.
 
     Raises:
         DataError: names the first that is not, and how many others.
     """
-    problems = []
-    for shard in described.shards:
-        path = folder / shard.file
-        try:
-            found = path.stat().st_size
-        except FileNotFoundError:
-            problems.append(f"shard {path} is missing")
-            continue
-        if found != shard.num_bytes:
-            problems.append(f"shard {path} has {found:,} bytes instead of {shard.num_bytes:,}")
-    if problems:
-        others = f" ({len(problems) - 1} more of {len(described.shards)} shards too)" if len(problems) > 1 else ""
-        raise DataError(f"{problems[0]}{others}. {manifest.remedy(folder, described.source)}")
+    sizes = files.sizes([shard.file for shard in described.shards])
+    wrong = [shard for shard in described.shards if sizes[shard.file] != shard.num_bytes]
+    if wrong:
+        first, found = wrong[0], sizes[wrong[0].file]
+        what = "is missing" if found is None else f"has {found:,} bytes instead of {first.num_bytes:,}"
+        others = f" ({len(wrong) - 1} more of {len(described.shards)} shards too)" if len(wrong) > 1 else ""
+        remedy = manifest.remedy(place, described.source)
+        raise DataError(f"shard {_place_of(described, place, first.file)} {what}{others}. {remedy}")
 
 
-def load_index(folder: Path, described: Manifest) -> Index:
-    """Read the split's index.
+def _place_of(described: Manifest, place: str, file: str) -> str:
+    return f"{(described.shards_at or place).rstrip('/')}/{file}"
+
+
+def check_index(path: Path, described: Manifest, place: str) -> None:
+    """Check that the index is the one that the manifest was written with.
 
     Raises:
-        DataError: it is missing or not the one that the manifest was written with.
+        DataError: it is missing, damaged or another one.
     """
-    path = folder / index.FILE_NAME
-    remedy = manifest.remedy(folder, described.source)
+    remedy = manifest.remedy(place, described.source)
     try:
-        content = path.read_bytes()
+        found = sha256_file(path)
     except FileNotFoundError:
         raise DataError(f"{path} is missing. {remedy}") from None
-    found = hashlib.sha256(content).hexdigest()
     if found != described.index_sha256:
         raise DataError(f"{path} is damaged: its sha256 is {found}, expected {described.index_sha256}. {remedy}")
-    loaded = Index.from_bytes(content)
-    counts = np.bincount(loaded.shard, minlength=len(described.shards)).tolist()
+    counts = np.bincount(Index.open(path).shard, minlength=len(described.shards)).tolist()
     if counts != [shard.num_samples for shard in described.shards]:
         raise DataError(f"{path} and the manifest beside it do not belong together. {remedy}")
-    return loaded

@@ -3,6 +3,9 @@
 `index.npz` holds one row a sample, in the order of the shards: its key, shard number, byte offset and size of the
 image payload, crc32 of the payload, and label. It is built by reading the tar files themselves, so any tar shards
 in the WebDataset layout can be given one. No pickle is involved.
+
+Its columns are used where they lie, mapped into memory: all processes of a machine share one copy, and a million
+samples are ready at once.
 """
 
 from __future__ import annotations
@@ -10,13 +13,13 @@ from __future__ import annotations
 import io
 import tarfile
 import zipfile
-import zlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from isal import isal_zlib
 from numpy.typing import NDArray
 
 from data_pipeline.errors import DataError
@@ -24,6 +27,7 @@ from data_pipeline.files import write_atomic
 
 FILE_NAME = "index.npz"
 NO_LABEL = -1
+_ZIP_HEADER = 30  # bytes of an archive member's header, before its name
 
 
 @dataclass(frozen=True)
@@ -53,20 +57,38 @@ class Index:
         return content
 
     @classmethod
-    def from_bytes(cls, content: bytes) -> Index:
-        """Rebuild an index.
+    def open(cls, path: Path) -> Index:
+        """The index in a file, mapped into memory (the file may be replaced meanwhile, but not written to).
 
         Raises:
-            ValueError: the content is no such index.
+            ValueError: the file is no such index.
+            OSError: it cannot be read.
         """
         try:
-            with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
-                index = cls(**{field.name: arrays[field.name] for field in fields(cls)})
-        except (KeyError, OSError, zipfile.BadZipFile) as error:
+            columns = {name.removesuffix(".npy"): column for name, column in _mapped_columns(path)}
+            index = cls(**{field.name: columns[field.name] for field in fields(cls)})
+        except (KeyError, zipfile.BadZipFile) as error:
             raise ValueError(str(error)) from None
         if len({getattr(index, field.name).shape for field in fields(cls)}) != 1:
             raise ValueError("its columns differ in length")
         return index
+
+
+def _mapped_columns(path: Path) -> Iterator[tuple[str, NDArray[Any]]]:
+    """The arrays of an uncompressed npz file, by name, without reading them."""
+    content = np.memmap(path, dtype=np.uint8, mode="r")
+    with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(f"{entry.filename} is compressed")
+            file.seek(entry.header_offset)
+            header = file.read(_ZIP_HEADER)
+            name_bytes, extra_bytes = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
+            file.seek(name_bytes + extra_bytes, io.SEEK_CUR)
+            assert np.lib.format.read_magic(file) == (1, 0)
+            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
+            start = file.tell()
+            yield entry.filename, content[start : start + dtype.itemsize * shape[0]].view(np.ndarray).view(dtype)
 
 
 @dataclass(frozen=True)
@@ -80,19 +102,23 @@ class Member:
     label: int
 
 
-def scan_shard(path: Path, extension: str) -> Iterator[Member]:
+def scan_shard(path: Path, extensions: tuple[str, ...]) -> Iterator[Member]:
     """The samples of a tar shard, in order: members `KEY.<extension>` with an optional `KEY.cls` beside them.
 
+    A key is a path up to the first dot of its last part, as for WebDataset; other members are passed over.
+
     Raises:
-        DataError: the file is no complete tar, or a label has no image.
+        DataError: the file is no complete tar, a label has no image or is no number, or a sample has two images.
     """
     labels: dict[str, int] = {}  # of samples whose image has not come yet
     images: dict[str, Member] = {}  # of samples whose label has not come yet
     try:
         with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
             for member in tar:
-                key, _, kind = member.name.rpartition("/")[2].partition(".")
-                if not member.isfile() or kind not in (extension, "cls"):
+                folder, slash, name = member.name.rpartition("/")
+                stem, _, kind = name.partition(".")
+                key, kind = folder + slash + stem, kind.lower()
+                if not member.isfile() or kind not in (*extensions, "cls"):
                     continue
                 # A sample's members are neighbours: one with another key ends it.
                 yield from _finished(images, key)
@@ -100,15 +126,17 @@ def scan_shard(path: Path, extension: str) -> Iterator[Member]:
                 payload = file.read(member.size)
                 if kind == "cls":
                     labels[key] = int(payload)
+                elif key in images:
+                    raise ValueError(f"sample {key} has more than one image")
                 else:
-                    images[key] = Member(key, member.offset_data, member.size, zlib.crc32(payload), NO_LABEL)
+                    images[key] = Member(key, member.offset_data, member.size, isal_zlib.crc32(payload), NO_LABEL)
                 if key in images and key in labels:
                     images[key] = replace(images[key], label=labels.pop(key))
             yield from _finished(images, None)
     except (tarfile.TarError, ValueError, EOFError) as error:
         raise DataError(f"{path} is damaged or no tar file: {error}.") from None
     if labels:
-        raise DataError(f"{path}: sample {next(iter(labels))} has a label but no .{extension} image.")
+        raise DataError(f"{path}: sample {next(iter(labels))} has a label but no image ({', '.join(extensions)}).")
 
 
 def _finished(images: dict[str, Member], current: str | None) -> Iterator[Member]:

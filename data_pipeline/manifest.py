@@ -8,12 +8,14 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from data_pipeline.codec import Encoding
 from data_pipeline.errors import DataError
 from data_pipeline.files import write_atomic
 
 FILE_NAME = "manifest.json"
 FORMAT: Literal["image-shards/1"] = "image-shards/1"
-SAMPLES = "samples"  # the kind of source that no `prepare` knows: a trained network
+SAMPLES = "samples"  # two kinds of source that no `prepare` knows: a trained network,
+ADOPTED = "adopted"  # and tar shards that somebody else made
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 PlainFileName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")]  # shards lie beside the manifest
@@ -51,12 +53,13 @@ class Manifest(_Part):
     num_channels: Literal[3]
     num_classes: int = Field(ge=0)  # 0: unlabelled
     class_names: list[str]
-    encoding: Literal["png"]
+    encoding: Encoding  # of the images in the shards, see codec.py
     preprocessing: str  # how originals became image_size x image_size, by name; "none" where they already were
     source: SourceInfo
     fingerprint: Sha256  # of pixels and labels, see fingerprint.py
     index_sha256: Sha256  # of index.npz
     shards: list[Shard]
+    shards_at: str | None = None  # folder or URL of the shards where they do not lie beside the manifest
 
     @model_validator(mode="after")
     def _consistent(self) -> Manifest:
@@ -80,27 +83,42 @@ class Manifest(_Part):
         Raises:
             DataError: there is none, or it is not a valid one; says which field and what would be right.
         """
-        path = folder / FILE_NAME
         try:
-            text = path.read_text(encoding="utf-8")
+            content = (folder / FILE_NAME).read_bytes()
         except FileNotFoundError:
             raise DataError(_missing(folder)) from None
-        except UnicodeDecodeError as error:
-            raise DataError(f"{path} is damaged: {error}. {remedy(folder)}") from None
+        return cls.parse(content, str(folder))
+
+    @classmethod
+    def parse(cls, content: bytes, place: str) -> Manifest:
+        """The manifest in the bytes of its file; `place` is the folder or URL that it lies at.
+
+        Raises:
+            DataError: it is not a valid one; says which field and what would be right.
+        """
+        where = f"{place.rstrip('/')}/{FILE_NAME}"
         try:
+            text = content.decode("utf-8")
             return cls.model_validate_json(text)
+        except UnicodeDecodeError as error:
+            raise DataError(f"{where} is damaged: {error}. {remedy(place)}") from None
         except ValidationError as error:
             found = re.search(r'"format":\s*"([^"]*)"', text)
             if found and found[1] != FORMAT:
                 raise DataError(
-                    f"{path}: format is '{found[1]}', this version reads '{FORMAT}'. {remedy(folder)}"
+                    f"{where}: format is '{found[1]}', this version reads '{FORMAT}'. {remedy(place)}"
                 ) from None
-            raise DataError(f"{path} is not a valid manifest: {_first_problem(error)}. {remedy(folder)}") from None
+            raise DataError(f"{where} is not a valid manifest: {_first_problem(error)}. {remedy(place)}") from None
 
 
-def remedy(folder: Path, source: SourceInfo | None = None) -> str:
+def remedy(place: str | Path, source: SourceInfo | None = None) -> str:
     """What to do about a damaged split: the command that makes it anew."""
+    if "://" in str(place):
+        return f"Upload {place} anew from where it was prepared"
+    folder = Path(place)
     out = folder.parent
+    if source is not None and source.kind == ADOPTED:
+        return f"Get the shards anew from where they came, then: python -m data_pipeline.adopt {folder}"
     if source is None:
         return f"Remove {out} and make it anew with python -m data_pipeline.prepare SOURCE --out {out}"
     options = ", ".join(f"{key}={value}" for key, value in source.options.items())

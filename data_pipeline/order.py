@@ -46,6 +46,18 @@ class EpochOrder:
             start, count = start + len(part), count - len(part)
         return np.concatenate(parts) if parts else np.empty(0, dtype=np.int64)
 
+    def shards_ahead(self, start: int, count: int) -> list[int]:
+        """The shards that images start .. start + count - 1 may lie in, then those of one window more, in order."""
+        reach = min(self._window, self.num_samples)
+        first, last = max(start - reach, 0), start + count + 2 * reach  # in ranks, of this epoch and the next ones
+        shards: dict[int, None] = {}
+        for epoch in range(start // self.num_samples, last // self.num_samples + 1):
+            order = self._shard_order(generator(self._seed, Stream.ORDER, epoch))
+            ends = epoch * self.num_samples + np.cumsum(self._sizes[order])  # [num_shards]
+            begin, end = np.searchsorted(ends, (first, last), side="right")
+            shards.update(dict.fromkeys(order[begin : end + 1].tolist()))
+        return list(shards)
+
     def epoch(self, epoch: int) -> NDArray[np.int64]:
         """All sample numbers in the order of one epoch: [num_samples]."""
         with self._lock:
@@ -57,9 +69,8 @@ class EpochOrder:
             return self._cache[epoch]
 
     def _compute(self, epoch: int) -> NDArray[np.int64]:
-        # Sorting raw uniform numbers, not Generator.permutation: its algorithm may change between numpy versions.
         rng = generator(self._seed, Stream.ORDER, epoch)
-        shards = np.argsort(rng.random(len(self._sizes)), kind="stable")
+        shards = self._shard_order(rng)
         sizes = self._sizes[shards]
         ends = np.cumsum(sizes)
         # Rank r lies in permuted shard s at r - (start of s among the permuted): [num_samples]
@@ -71,3 +82,8 @@ class EpochOrder:
         order: NDArray[np.int64] = in_order[np.argsort(keys, kind="stable")]
         order.flags.writeable = False  # shared through the cache
         return order
+
+    def _shard_order(self, rng: np.random.Generator) -> NDArray[np.int64]:
+        """The permutation of the shards in an epoch: [num_shards]; its generator's first numbers."""
+        # Sorting raw uniform numbers, not Generator.permutation: its algorithm may change between numpy versions.
+        return np.argsort(rng.random(len(self._sizes)), kind="stable")

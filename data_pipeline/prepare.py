@@ -4,68 +4,95 @@
     python -m data_pipeline.prepare folder    --out data/mine --from DIR --size 64 [--holdout 0.1]
     python -m data_pipeline.prepare generated --out data/generated --size 32 --num-train 1024 --num-test 256
 
-OUT appears when it is complete and not before. Asked again for what OUT already holds, the command ends at once.
+OUT appears when it is complete and not before. Stopped in any way, the same command goes on behind the last complete
+shard. Asked again for what OUT already holds, it ends at once. The number of processes does not change the result.
 """
 
 from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
 from tqdm import tqdm
 
-from data_pipeline.dataset import check_shards, load_index
+from data_pipeline import journal
+from data_pipeline.codec import Encoding
+from data_pipeline.dataset import ShardDataset
 from data_pipeline.errors import DataError, run_cli
-from data_pipeline.files import write_atomic
+from data_pipeline.journal import Journal
 from data_pipeline.manifest import FORMAT, Manifest, SourceInfo
-from data_pipeline.progress import progress_bar
-from data_pipeline.shards import EncodedSample, WrittenSplit, encode_sample, write_shards
+from data_pipeline.processes import WorkerPool, available_cpus
+from data_pipeline.progress import progress_bar, say
+from data_pipeline.shards import EncodedSample, encode_sample, join_shards, written_shards
 from data_pipeline.sources import SOURCES
-from data_pipeline.sources.base import Collection, Source, Split, UnreadableImageError
+from data_pipeline.sources.base import Collection, Source, UnreadableImageError
+from data_pipeline.unreadable import UnreadableReport
 from data_pipeline.workspace import workspace
 
 UNREADABLE_FILE = "unreadable.txt"
+_PIECE_BYTES = 1 << 20  # of the pixels of a piece: several pieces are held for every process
+_PIECE_IMAGES = 256  # at most: the originals may be large and slow
+
+Made = EncodedSample | str  # an image as a sample, or what is wrong with its original
 
 
-def prepare(source: Source, out: Path, *, shard_mb: float = 32.0) -> None:
+@dataclass(frozen=True)
+class Piece:
+    """Some images of a split, which one process makes at a time."""
+
+    split: str
+    positions: range
+
+    def __str__(self) -> str:
+        return f"images {self.positions.start} to {self.positions.stop - 1} of {self.split}"
+
+
+def prepare(
+    source: Source, out: Path, *, shard_mb: float = 32.0, encoding: Encoding = "png", num_processes: int = 1,
+    max_unreadable: int = 100,
+) -> None:  # fmt: skip
     """Write the splits of `source` into `out`, unless they are already there.
 
     Raises:
-        DataError: the source cannot be had, or `out` holds something else or is being written by another process.
+        DataError: the source cannot be had, more than `max_unreadable` of its images cannot be read, or `out` holds
+            something else or is being written by another process.
     """
-    if is_prepared(source, out):
+    if is_prepared(source, out, encoding):
         print(f"{out} already holds this data set, complete: nothing to do.")
         return
-    with workspace(out) as work:
+    with workspace(out, request=_request(source, encoding, shard_mb)) as work:
+        journals = {name: Journal(work.journal / name, work.result / name) for name in source.split_names()}
+        _tell_what_is_there(journals)
         collection = source.open(work.scratch)
-        unreadable: list[str] = []
-        for name, split in collection.splits.items():
-            folder = work.result / name
-            folder.mkdir()
-            with progress_bar(total=len(split), unit="img", description=f"{name}: write") as bar:
-                samples = _encoded(split, unreadable, bar)
-                written = write_shards(samples, folder, shard_bytes=int(shard_mb * 1e6))
-            if not written.shards:
-                raise DataError(f"none of the {len(split)} images of {name} can be read; the first: {unreadable[0]}")
-            manifest = _describe(source, collection, name, written, folder)
-            print(
-                f"{name}: {manifest.num_samples:,} images in {len(manifest.shards)} shards, "
-                f"fingerprint {manifest.fingerprint[:16]}"
-            )
-        if unreadable:
-            write_atomic(work.result / UNREADABLE_FILE, "\n".join(unreadable) + "\n")
-            print(f"{len(unreadable)} images could not be read: see {out / UNREADABLE_FILE}")
+        report = UnreadableReport(work.result / UNREADABLE_FILE, max_unreadable)
+        pieces = {name: _pieces(collection, name, found.next_position) for name, found in journals.items()}
+        num_processes = max(1, min(num_processes, sum(map(len, pieces.values()))))
+        make = partial(_make, collection, encoding)
+        with _bar(collection, journals) as bar, WorkerPool(make, num_processes) as pool:
+            for name, noted in journals.items():
+                folder = work.result / name
+                _write_split(pool.map(pieces[name]), folder, noted, report, bar, shard_bytes=int(shard_mb * 1e6))
+                manifest = _describe(source, collection, name, encoding, noted, folder)
+                say(
+                    f"{name}: {manifest.num_samples:,} images in {len(manifest.shards)} shards, "
+                    f"fingerprint {manifest.fingerprint[:16]}"
+                )
         work.publish()
+    if report.lines:
+        print(f"{len(report.lines)} images could not be read and are left out: see {out / UNREADABLE_FILE}")
     print(f"{out} is ready: {collection.origin}")
 
 
-def is_prepared(source: Source, out: Path) -> bool:
-    """Whether `out` holds exactly what `source` describes.
+def is_prepared(source: Source, out: Path, encoding: Encoding = "png") -> bool:
+    """Whether `out` holds exactly what `source` describes, so encoded.
 
     Raises:
         DataError: it holds something else, or a damaged data set.
@@ -79,21 +106,104 @@ def is_prepared(source: Source, out: Path) -> bool:
         raise DataError(f"--out {out} is not empty and holds no prepared data. Choose another --out.")
     for folder in folders:
         manifest = Manifest.load(folder)
-        if (manifest.source.kind, manifest.source.options) != (source.kind, source.options()):
+        found = manifest.source
+        if (found.kind, found.options, manifest.encoding) != (source.kind, source.options(), encoding):
             raise DataError(
-                f"--out {out} already holds other data: {manifest.source.kind} {manifest.source.options}, "
-                f"asked for {source.kind} {source.options()}. Choose another --out, or remove that folder first."
+                f"--out {out} already holds other data: {found.kind} {found.options} as {manifest.encoding}, "
+                f"asked for {source.kind} {source.options()} as {encoding}. Choose another --out, or remove that "
+                "folder first."
             )
-        check_shards(folder, manifest)
-        load_index(folder, manifest)
+        ShardDataset(folder)  # raises where a file is missing or damaged
     lost = sorted(set(source.split_names()) - {folder.name for folder in folders})
     if lost:
         raise DataError(f"{out / lost[0]} is missing. Remove {out} and run the same command again.")
     return True
 
 
-def _describe(source: Source, collection: Collection, name: str, written: WrittenSplit, folder: Path) -> Manifest:
+def _request(source: Source, encoding: Encoding, shard_mb: float) -> str:
+    """All that decides the bytes of the result."""
+    decides = {
+        "format": [FORMAT, journal.FORMAT], "kind": source.kind, "options": source.options(), "encoding": encoding,
+        "shard_mb": shard_mb,
+    }  # fmt: skip
+    return json.dumps(decides, indent=2)
+
+
+def _tell_what_is_there(journals: dict[str, Journal]) -> None:
+    num_shards = sum(len(noted.entries) for noted in journals.values())
+    if num_shards:
+        num_images = sum(noted.num_samples for noted in journals.values())
+        print(f"going on after {num_shards:,} shards, {num_images:,} images.", flush=True)
+
+
+def _bar(collection: Collection, journals: dict[str, Journal]) -> tqdm[Any]:
+    """Over the images of all splits."""
+    return progress_bar(
+        total=sum(map(len, collection.splits.values())), unit="img", description="write",
+        initial=sum(noted.next_position for noted in journals.values()),
+    )  # fmt: skip
+
+
+def _pieces(collection: Collection, split: str, start: int) -> list[Piece]:
+    """The images of a split from position `start` on."""
+    stop = len(collection.splits[split])
+    step = max(1, min(_PIECE_IMAGES, _PIECE_BYTES // (3 * collection.image_size**2)))
+    return [Piece(split, range(first, min(first + step, stop))) for first in range(start, stop, step)]
+
+
+def _make(collection: Collection, encoding: Encoding, piece: Piece) -> list[Made]:
+    """Load, resize and encode: the work that is shared out."""
+    made: list[Made] = []
+    for position in piece.positions:
+        try:
+            image, label = collection.splits[piece.split].load(position)
+        except UnreadableImageError as error:
+            made.append(str(error))
+        else:
+            made.append(encode_sample(position, image, label, encoding))
+    return made
+
+
+class _Reading:
+    """The samples of a split as they come; originals that cannot be read go into the report, their keys stay free."""
+
+    def __init__(self, made: Iterable[list[Made]], position: int, report: UnreadableReport, bar: tqdm[Any]) -> None:
+        self._made, self._report, self._bar = made, report, bar
+        self.position = position  # behind the last image taken
+
+    def __iter__(self) -> Iterator[EncodedSample]:
+        for piece in self._made:
+            for image in piece:
+                self.position += 1
+                self._bar.update()
+                if isinstance(image, str):
+                    self._report.add(image)
+                else:
+                    yield image
+
+
+def _write_split(
+    made: Iterable[list[Made]], folder: Path, noted: Journal, report: UnreadableReport, bar: tqdm[Any], *,
+    shard_bytes: int,
+) -> None:  # fmt: skip
+    """Write what is made behind the shards already noted, and note each shard."""
+    report.extend(noted.unreadable)
+    reading = _Reading(made, noted.next_position, report, bar)
+    num_told = before = len(report.lines)
+    for written in written_shards(reading, folder, shard_bytes=shard_bytes, first=len(noted.entries)):
+        noted.add(written, reading.position, report.lines[num_told:])
+        num_told = len(report.lines)
+    if not noted.entries:
+        raise DataError(
+            f"none of the {reading.position} images of {folder.name} can be read; the first: {report.lines[before]}"
+        )
+
+
+def _describe(
+    source: Source, collection: Collection, name: str, encoding: Encoding, noted: Journal, folder: Path
+) -> Manifest:  # fmt: skip
     """Write the index and, last, the manifest of a split."""
+    written = join_shards(noted.written())
     manifest = Manifest(
         format=FORMAT,
         name=source.name,
@@ -103,7 +213,7 @@ def _describe(source: Source, collection: Collection, name: str, written: Writte
         num_channels=3,
         num_classes=len(collection.class_names),
         class_names=collection.class_names,
-        encoding="png",
+        encoding=encoding,
         preprocessing=collection.preprocessing,
         source=SourceInfo(kind=source.kind, options=source.options(), origin=collection.origin),
         fingerprint=written.fingerprint,
@@ -112,18 +222,6 @@ def _describe(source: Source, collection: Collection, name: str, written: Writte
     )
     manifest.save(folder)
     return manifest
-
-
-def _encoded(split: Split, unreadable: list[str], bar: tqdm[Any]) -> Iterator[EncodedSample]:
-    """All samples that can be read; the others are noted in `unreadable`, and their keys stay free."""
-    for position in range(len(split)):
-        bar.update()
-        try:
-            image, label = split.load(position)
-        except UnreadableImageError as error:
-            unreadable.append(str(error))
-            continue
-        yield encode_sample(position, image, label)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -135,6 +233,18 @@ def _parser() -> argparse.ArgumentParser:
         command = sources.add_parser(kind, help=(source.__doc__ or "").splitlines()[0])
         command.add_argument("--out", type=Path, required=True, help="folder that will hold train/ and test/")
         command.add_argument("--shard-mb", type=float, default=32.0, help="size of a shard in MB (default 32)")
+        command.add_argument(
+            "--encoding", choices=("png", "npy"), default="png",
+            help="how images are stored: png (smaller), or npy, raw pixels (faster to read); default png",
+        )  # fmt: skip
+        command.add_argument(
+            "--num-processes", type=int, default=available_cpus(),
+            help="processes that load, resize and encode (default: the CPUs there are, %(default)s)",
+        )  # fmt: skip
+        command.add_argument(
+            "--max-unreadable", type=int, default=100,
+            help="images that may be left out because they cannot be read (default 100)",
+        )  # fmt: skip
         source.add_arguments(command)
     return parser
 
@@ -146,11 +256,19 @@ def _on_sigterm(*_: object) -> NoReturn:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     args = _parser().parse_args(arguments)
-    if args.shard_mb <= 0:
+    if not args.shard_mb > 0:
         raise DataError(f"--shard-mb is {args.shard_mb}; it must be positive.")
+    for flag, value, least in (
+        ("--num-processes", args.num_processes, 1), ("--max-unreadable", args.max_unreadable, 0)
+    ):  # fmt: skip
+        if value < least:
+            raise DataError(f"{flag} is {value}; it must be at least {least}.")
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, _on_sigterm)
-    prepare(SOURCES[args.source].from_arguments(args), args.out, shard_mb=args.shard_mb)
+    prepare(
+        SOURCES[args.source].from_arguments(args), args.out, shard_mb=args.shard_mb, encoding=args.encoding,
+        num_processes=args.num_processes, max_unreadable=args.max_unreadable,
+    )  # fmt: skip
     return 0
 
 

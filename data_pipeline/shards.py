@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline import codec
+from data_pipeline.codec import Encoding
 from data_pipeline.files import sha256_file
 from data_pipeline.fingerprint import fingerprint, sample_digest
-from data_pipeline.index import NO_LABEL, Index, Member, build_index, scan_shard
+from data_pipeline.index import NO_LABEL, Index, build_index, scan_shard
 from data_pipeline.manifest import Shard
 
 _BLOCK = 512  # tar's unit: a header is one block, payloads are padded to whole blocks
@@ -30,6 +32,7 @@ class EncodedSample:
     payload: bytes
     label: int
     digest: bytes
+    extension: str  # of the payload's member in the tar
 
     @property
     def tar_bytes(self) -> int:
@@ -37,62 +40,105 @@ class EncodedSample:
         label_bytes = 0 if self.label == NO_LABEL else 2 * _BLOCK
         return _BLOCK + -(-len(self.payload) // _BLOCK) * _BLOCK + label_bytes
 
+    @property
+    def members(self) -> dict[str, str | bytes]:
+        """Its files, as WebDataset's writer takes them."""
+        label: dict[str, str | bytes] = {} if self.label == NO_LABEL else {"cls": str(self.label).encode()}
+        return {"__key__": self.key, self.extension: self.payload, **label}
+
+
+@dataclass(frozen=True)
+class WrittenShard:
+    """A shard that lies on the disk."""
+
+    shard: Shard
+    index: Index  # of this shard alone, as number 0
+    digests: bytes  # of its samples, 32 bytes each
+
 
 @dataclass(frozen=True)
 class WrittenSplit:
-    """What lies on the disk after `write_shards`."""
+    """All shards of a split, on the disk."""
 
     shards: list[Shard]
     index: Index
     fingerprint: str
 
 
-def encode_sample(position: int, image: NDArray[np.uint8], label: int) -> EncodedSample:
+def encode_sample(
+    position: int, image: NDArray[np.uint8], label: int, encoding: Encoding = "png"
+) -> EncodedSample:  # fmt: skip
     """Encode an image [H, W, 3]; `position` is its place in the source and gives its key."""
-    return EncodedSample(f"{position:09d}", codec.encode(image), label, sample_digest(image, label))
+    payload = codec.encode(image, encoding)
+    return EncodedSample(f"{position:09d}", payload, label, sample_digest(image, label), codec.EXTENSIONS[encoding][0])
 
 
 def write_shards(samples: Iterable[EncodedSample], folder: Path, *, shard_bytes: int) -> WrittenSplit:
-    """Write samples in their order into shards of about `shard_bytes`; the last may be smaller."""
-    digests: list[bytes] = []
-    members: list[list[Member]] = []
-    shards: list[Shard] = []
-    for number, group in enumerate(_groups(samples, shard_bytes)):
-        path = folder / f"shard-{number:06d}.tar"
-        _write_shard(group, path)
-        # Read back at once, while it is in the page cache: the index says what really lies there.
-        found = list(scan_shard(path, codec.EXTENSION))
-        assert [member.key for member in found] == [sample.key for sample in group]
-        members.append(found)
-        digests += [sample.digest for sample in group]
-        shards.append(
-            Shard(file=path.name, num_samples=len(found), num_bytes=path.stat().st_size, sha256=sha256_file(path))
-        )
-    return WrittenSplit(shards, build_index(members), fingerprint(digests))
+    """Write samples (at least one) in their order into shards of about `shard_bytes`; the last may be smaller."""
+    return join_shards(written_shards(samples, folder, shard_bytes=shard_bytes))
 
 
-def _groups(samples: Iterable[EncodedSample], shard_bytes: int) -> Iterator[list[EncodedSample]]:
-    group: list[EncodedSample] = []
-    num_bytes = 0
+def written_shards(
+    samples: Iterable[EncodedSample], folder: Path, *, shard_bytes: int, first: int = 0
+) -> Iterator[WrittenShard]:
+    """As `write_shards`, a shard at a time; the first has number `first`.
+
+    When a shard is given, no sample behind its last one has been taken yet.
+    """
+    samples = iter(samples)
+    for number, sample in enumerate(samples, first):  # each shard takes the rest of its samples from the same iterator
+        group = _up_to(chain([sample], samples), shard_bytes)
+        yield _write_shard(group, folder / f"shard-{number:06d}.tar", sample.extension)
+
+
+def join_shards(parts: Iterable[WrittenShard]) -> WrittenSplit:
+    """Put shards (at least one) together, in the given order."""
+    shards, indices, digests = [], [], []
+    for number, part in enumerate(parts):
+        shards.append(part.shard)
+        indices.append(replace(part.index, shard=np.full(len(part.index), number, dtype=np.int32)))
+        digests.append(part.digests)
+    columns = {field.name: np.concatenate([getattr(index, field.name) for index in indices]) for field in fields(Index)}
+    return WrittenSplit(shards, Index(**columns), fingerprint(digests))
+
+
+def _up_to(samples: Iterable[EncodedSample], num_bytes: int) -> Iterator[EncodedSample]:
+    taken = 0
     for sample in samples:
-        group.append(sample)
-        num_bytes += sample.tar_bytes
-        if num_bytes >= shard_bytes:
-            yield group
-            group, num_bytes = [], 0
-    if group:
-        yield group
+        yield sample
+        taken += sample.tar_bytes
+        if taken >= num_bytes:
+            return
 
 
-def _write_shard(group: list[EncodedSample], path: Path) -> None:
+def _write_shard(samples: Iterable[EncodedSample], path: Path, extension: str) -> WrittenShard:
+    """Under another name until it is complete; a part is not left behind."""
+    part = path.with_name(f"{path.name}.part")
+    try:
+        digests = _write_tar(samples, part)
+        # Read back at once, while it is in the page cache: the index says what really lies there.
+        members = list(scan_shard(part, (extension,)))
+        assert len(members) == len(digests)
+        shard = Shard(
+            file=path.name, num_samples=len(members), num_bytes=part.stat().st_size, sha256=sha256_file(part)
+        )  # fmt: skip
+        part.replace(path)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    return WrittenShard(shard, build_index([members]), b"".join(digests))
+
+
+def _write_tar(samples: Iterable[EncodedSample], path: Path) -> list[bytes]:
+    """Returns the digests of the samples."""
     from webdataset import TarWriter  # takes seconds to import, and most commands write nothing
 
+    digests = []
     with open(path, "wb") as file:
         with TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False) as tar:
-            for sample in group:
-                members: dict[str, str | bytes] = {"__key__": sample.key, codec.EXTENSION: sample.payload}
-                if sample.label != NO_LABEL:
-                    members["cls"] = str(sample.label).encode()
-                tar.write(members)
+            for sample in samples:
+                tar.write(sample.members)
+                digests.append(sample.digest)
         file.flush()
         os.fsync(file.fileno())
+    return digests

@@ -1,11 +1,12 @@
 """A folder that is built beside its place and appears there in one step, complete.
 
 `OUT` is built in `.OUT.preparing` next to it, under a lock that the kernel drops when the process dies, however it
-dies: what a dead process left is removed at the next start.
+dies. What a dead process left is removed at the next start; or found again, where the builder can go on with it.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import shutil
@@ -15,7 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.errors import DataError
-from data_pipeline.files import fsync_file
+from data_pipeline.files import fsync_file, write_atomic
+from data_pipeline.progress import say
 
 
 @dataclass(frozen=True)
@@ -35,17 +37,36 @@ class Workspace:
         """Room for downloads; removed at the end."""
         return self.root / "scratch"
 
+    @property
+    def journal(self) -> Path:
+        """Room for notes on the result so far; they stay with it, and are removed when it is published."""
+        return self.root / "journal"
+
     def publish(self) -> None:
-        """Move the result to its place, in one step."""
-        for folder in (*self.result.iterdir(), self.result):
-            fsync_file(folder)
-        os.rename(self.result, self.out)  # succeeds only where `out` does not exist or is an empty folder
+        """Move the result to its place, in one step.
+
+        Raises:
+            DataError: something else has appeared there meanwhile.
+        """
+        for entry in (*self.result.iterdir(), self.result):
+            fsync_file(entry)
+        try:
+            os.rename(self.result, self.out)  # succeeds only where `out` does not exist or is an empty folder
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR):
+                raise
+            raise DataError(
+                f"{self.out} has appeared while it was being prepared. Move it away and run again."
+            ) from None
         fsync_file(self.out.parent)
 
 
 @contextmanager
-def workspace(out: Path) -> Iterator[Workspace]:
+def workspace(out: Path, *, request: str | None = None) -> Iterator[Workspace]:
     """Build `out`: removed without a trace unless `publish` was called.
+
+    With a `request`, which says all that decides the result, the files of an unfinished result stay, and the next
+    workspace with the same request has them; one with another request removes them.
 
     Raises:
         DataError: another process is building the same folder.
@@ -53,19 +74,38 @@ def workspace(out: Path) -> Iterator[Workspace]:
     """
     out = Path(os.path.abspath(out))
     out.parent.mkdir(parents=True, exist_ok=True)
-    root = out.parent / f".{out.name}.preparing"
+    work = Workspace(out, out.parent / f".{out.name}.preparing")
     with _locked(out.parent / f".{out.name}.lock", out):
-        work = Workspace(out, root)
-        shutil.rmtree(root, ignore_errors=True)  # left by a process that died
         try:
-            work.scratch.mkdir(parents=True)
-            work.result.mkdir()
+            _clear(work, request)
             yield work
         except OSError as error:
             error.filename = error.filename or str(out)
             raise
         finally:
-            shutil.rmtree(root, ignore_errors=True)
+            if request is not None and _has_files(work.result):
+                shutil.rmtree(work.scratch, ignore_errors=True)
+                say(f"what is done is kept in {work.root}: the same command goes on from there.")
+            else:
+                shutil.rmtree(work.root, ignore_errors=True)
+
+
+def _clear(work: Workspace, request: str | None) -> None:
+    """Make the folders, with the unfinished result of the same request if there is one."""
+    noted = work.root / "request"
+    if request is None or not noted.exists() or noted.read_text() != request:
+        if request is not None and _has_files(work.result):
+            say(f"{work.root} holds the unfinished result of another command: removed.")
+        shutil.rmtree(work.root, ignore_errors=True)
+    shutil.rmtree(work.scratch, ignore_errors=True)
+    for folder in (work.scratch, work.result, work.journal):
+        folder.mkdir(parents=True, exist_ok=True)
+    if request is not None:
+        write_atomic(noted, request)
+
+
+def _has_files(folder: Path) -> bool:
+    return any(path.is_file() for path in folder.rglob("*"))
 
 
 @contextmanager

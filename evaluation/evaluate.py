@@ -117,7 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("export", type=Path, help="RUN/exports/<images seen>")
-    add("--data", type=Path, required=True, help="a data split, such as data/cifar10/test")
+    add("--data", required=True, help="a data split, such as data/cifar10/test, or its URL")
     add("--metrics", default="nll", help="comma-separated, such as nll,fd")
     add("--weights", default="ema", help="ema, model (the bare ones), or such as ema_0.999")
     add("--seed", type=int, default=0)
@@ -140,7 +140,7 @@ def _parser() -> argparse.ArgumentParser:
     quality.add_argument("--guidance", type=float, default=1.0, help="scale of classifier-free guidance; 1: none")
     quality.add_argument("--num-reference", type=int, help="real images to compare with (default: the whole split)")
     quality.add_argument("--reference", type=Path, help="npz of published statistics to compare with instead")
-    quality.add_argument("--train-data", type=Path, help="the split that was trained on, for memorisation")
+    quality.add_argument("--train-data", help="the split that was trained on, for memorisation")
     quality.add_argument("--feature-net", default="efflite0", help="efflite0 or inception")
     quality.add_argument("--feature-weights", type=Path, help="the feature net's weights file")
     run = parser.add_argument_group("running")

@@ -142,8 +142,8 @@ class Evaluation:
     @property
     def _cache(self) -> Path | None:
         """Beside the data; where that cannot be written to, what is there is used all the same."""
-        folder = self.request.data / ".features"
-        return folder if folder.exists() or os.access(self.request.data, os.W_OK) else None
+        folder = Path(self.request.data) / ".features"
+        return folder if folder.exists() or os.access(folder.parent, os.W_OK) else None
 
     def _samples(self, net: FeatureNet, seed: int) -> FeatureSet:
         """Features of the samples of one seed; the images themselves are kept of the first few alone."""

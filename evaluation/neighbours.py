@@ -117,11 +117,11 @@ def _check(queries: Tensor, dataset: ShardDataset, num: int) -> None:
     size = dataset.manifest.image_size
     if tuple(queries.shape[1:]) != (3, size, size):
         raise UserError(
-            f"the samples are {queries.shape[-1]}x{queries.shape[-2]}, the images in {dataset.folder} {size}x{size}; "
+            f"the samples are {queries.shape[-1]}x{queries.shape[-2]}, the images in {dataset.place} {size}x{size}; "
             "name a split of the samples' size."
         )
     if not 1 <= num <= len(dataset):
-        raise UserError(f"{num} neighbours are asked for; {dataset.folder} has {len(dataset)} images: ask for fewer.")
+        raise UserError(f"{num} neighbours are asked for; {dataset.place} has {len(dataset)} images: ask for fewer.")
 
 
 def _vectors(images: Tensor, net: FeatureNet | None) -> NDArray[np.float64]:
@@ -164,7 +164,7 @@ def _spread(total: int, num: int, path: Path) -> NDArray[np.int64]:
 def _parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="The training images nearest to samples (memorisation check).")
     parser.add_argument("samples", type=Path, help="samples.npz, or a folder of shards")
-    parser.add_argument("--data", type=Path, required=True, help="the split that was trained on")
+    parser.add_argument("--data", required=True, help="the split that was trained on")
     parser.add_argument("--held-out", type=Path, help="a split that was not, to compare with: the memorisation ratio")
     parser.add_argument("--num-samples", type=int, default=16, help="how many, spread evenly over the samples")
     parser.add_argument("--num", type=int, default=5, help="neighbours of each")

@@ -152,7 +152,7 @@ def main() -> int:
     """The command line."""
     parser = argparse.ArgumentParser(description="Compare the likelihoods of exports on the same images and noises.")
     parser.add_argument("exports", type=Path, nargs="+", help="two or more of RUN/exports/<images seen>")
-    parser.add_argument("--data", type=Path, required=True, help="a data split, such as data/cifar10/test")
+    parser.add_argument("--data", required=True, help="a data split, such as data/cifar10/test, or its URL")
     parser.add_argument("--weights", default="ema", help="ema, model (the bare ones), or such as ema_0.999")
     parser.add_argument("--num-calls", type=int, default=2048, help="network calls for each export: the budget")
     parser.add_argument("--target-stderr", type=float, help="stop when all differences are this sure, in bits/dim")

@@ -11,7 +11,7 @@ from typing import Any
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import sha256_file
-from data_pipeline.manifest import Manifest
+from data_pipeline.shard_files import read_manifest
 from evaluation.ensemble import Ensemble
 from evaluation.nll.settings import NllSettings
 from evaluation.quality import FEWEST, KINDS, check_kinds
@@ -28,7 +28,7 @@ DEFINITION = 3
 class EvalRequest:
     """What to measure of an export."""
 
-    data: Path  # a data split
+    data: str | Path  # a data split: its folder or URL
     metrics: tuple[str, ...] = ("nll",)
     weights: Weights = "ema"
     seed: int = 0
@@ -42,7 +42,7 @@ class EvalRequest:
     reference: Path | None = None  # npz of published statistics to compare with instead
     feature_net: str = "efflite0"
     feature_weights: Path | None = None  # the net's weights file, for those that come with no package
-    train_data: Path | None = None  # the split that was trained on, for `memorisation`
+    train_data: str | Path | None = None  # the split that was trained on, for `memorisation`
     num_threads: int | None = None  # of a CPU; no part of the key
 
     @property
@@ -58,7 +58,7 @@ class EvalRequest:
             "metrics": {metric: self.settings(metric) for metric in self._asked},
             "weights": self.weights,
             "seed": self.seed,
-            "data": Manifest.load(self.data).fingerprint,
+            "data": read_manifest(self.data).fingerprint,
             "network": network,
         }
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
@@ -76,7 +76,7 @@ class EvalRequest:
             return {"mode": mode, **size, "respacing": nll.respacing, "clip_denoised": nll.clip_denoised}
         if metric == MEMORISATION:
             assert self.train_data is not None
-            train = Manifest.load(self.train_data).fingerprint
+            train = read_manifest(self.train_data).fingerprint
             return {"train_data": train, "sampling": self.sampling.model_dump()}
         names = ("num_samples", "repeats", "batch", "num_reference", "feature_net")
         files = {"reference": self.reference, "feature_weights": self.feature_weights}
@@ -109,11 +109,11 @@ class EvalRequest:
 
     def check_data(self) -> None:
         """Raises UserError for data that is not there, or not what was asked for; it reads manifests only."""
-        there = Manifest.load(self.data)
+        there = read_manifest(self.data)
         if self.num_reference and self.num_reference > there.num_samples:
             raise UserError(f"--num-reference {self.num_reference}: {self.data} has {there.num_samples} images.")
         train = self.train_data if MEMORISATION in self.metrics else None
-        if train is not None and Manifest.load(train).fingerprint == there.fingerprint:
+        if train is not None and read_manifest(train).fingerprint == there.fingerprint:
             raise UserError(f"{MEMORISATION} compares with held-out images: let --data be another split.")
 
 

@@ -59,12 +59,12 @@ def check_data(config: RunConfig, dataset: ShardDataset) -> None:
         )
     if there.image_size != model.image_size:
         raise UserError(
-            f"the network makes {model.image_size}x{model.image_size} images, those in {dataset.folder} are "
+            f"the network makes {model.image_size}x{model.image_size} images, those in {dataset.place} are "
             f"{there.image_size}x{there.image_size}; name a split of the network's size."
         )
     if model.num_classes not in (0, there.num_classes):
         raise UserError(
-            f"the network knows {model.num_classes} classes, {dataset.folder} has {there.num_classes}; name a "
+            f"the network knows {model.num_classes} classes, {dataset.place} has {there.num_classes}; name a "
             "split with the classes it was trained on."
         )
 

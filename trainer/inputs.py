@@ -7,8 +7,8 @@ prefetching thread: so its bits do not depend on the device either.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -20,49 +20,33 @@ from data_pipeline.counter_rng import Stream, generator, normal, uniform
 from data_pipeline.dataset import ShardDataset
 from data_pipeline.errors import ConfigError
 from data_pipeline.prefetch import Prefetcher
+from data_pipeline.shard_cache import CacheSettings, default_folder
 from data_pipeline.stream import TrainStream
 from trainer.config import RunConfig
+from trainer.input_workers import WorkerSteps
 from trainer.processes import Processes
+from trainer.step_inputs import StepInputs
 
 NO_LABEL = -1
-
-
-@dataclass(frozen=True)
-class StepInputs:
-    """One process's share of a global batch, b images, on the host."""
-
-    images: Tensor  # [b, C, H, W] uint8
-    labels: Tensor  # [b] int64, -1 where unlabelled or dropped
-    u: Tensor  # [b] float64 in [0, 1): decides the timestep
-    noise: Tensor  # [b, C, H, W] float32
-
-    def split(self, size: int) -> Iterator[StepInputs]:
-        """Micro-batches of `size` images."""
-        parts = (x.split(size) for x in (self.images, self.labels, self.u, self.noise))
-        for images, labels, u, noise in zip(*parts, strict=True):
-            yield StepInputs(images, labels, u, noise)
-
-    def to(self, device: torch.device) -> StepInputs:
-        """On the device; from pinned memory the copies overlap with computing."""
-        moved = (x.to(device, non_blocking=True) for x in (self.images, self.labels, self.u, self.noise))
-        return StepInputs(*moved)
 
 
 class InputSource:
     """Makes the inputs of the step that begins at any image number."""
 
     def __init__(self, config: RunConfig, dataset: ShardDataset, processes: Processes) -> None:
+        self._config, self._dataset, self._processes = config, dataset, processes
         self._seed = config.seed
         self._global_batch = config.train.global_batch
         self._share = self._global_batch // processes.world_size
         self._offset = processes.rank * self._share
         self._pin = processes.device.type == "cuda"
-        self._prefetch = config.data.prefetch
         self._class_dropout = config.train.class_dropout
         self._stratified = config.diffusion.timestep_sampler == "stratified"
+        data = config.data
         self._stream = TrainStream(
-            dataset, seed=config.seed, random_flip=config.data.random_flip, num_threads=config.data.num_threads
-        )
+            dataset, seed=config.seed, random_flip=data.random_flip, num_threads=data.num_threads,
+            window=data.shuffle_window, on_damage=data.on_damage,
+        )  # fmt: skip
 
     def make(self, nimg: int) -> StepInputs:
         """This process's share of the global batch nimg .. nimg + global_batch - 1."""
@@ -74,8 +58,9 @@ class InputSource:
             self._timestep_numbers(nimg),
             normal(self._seed, Stream.NOISE, start, self._share, batch.images.shape[1:]),
         )
-        tensors = [torch.from_numpy(array) for array in arrays]
-        return StepInputs(*(t.pin_memory() if self._pin else t for t in tensors))
+        images, labels, u, noise = (torch.from_numpy(array) for array in arrays)
+        inputs = StepInputs(images, labels, u, noise, batch.damaged)
+        return inputs.pin_memory() if self._pin else inputs
 
     def _drop_labels(self, labels: NDArray[np.int64], start: int) -> NDArray[np.int64]:
         """Labels [b] of the images start, ..., a share of them replaced by "none"."""
@@ -93,9 +78,14 @@ class InputSource:
         strata = generator(self._seed, Stream.STRATUM, nimg).permutation(self._global_batch)
         return (strata[self._offset : self._offset + self._share] + u) / self._global_batch
 
-    def steps(self, first: int, last: int, step: int) -> Prefetcher[StepInputs]:
+    def steps(self, first: int, last: int, step: int) -> Prefetcher[StepInputs] | WorkerSteps:
         """Inputs of the steps that begin at first, first + step, ... below last, made ahead."""
-        return Prefetcher(self.make, range(first, last, step), depth=self._prefetch)
+        data, starts = self._config.data, range(first, last, step)
+        if not data.num_workers:
+            return Prefetcher(self.make, starts, depth=data.prefetch)
+        there = replace(self._processes, device=torch.device("cpu"))  # a worker touches no device
+        maker = partial(InputSource, self._config, self._dataset, there)
+        return WorkerSteps(maker, starts, num_workers=data.num_workers, prefetch=data.prefetch, pin=self._pin)
 
     def close(self) -> None:
         self._stream.close()
@@ -108,7 +98,12 @@ def downsample(x0: Tensor, size: int) -> Tensor:
 
 def open_dataset(config: RunConfig) -> ShardDataset:
     """The training split, checked against the network. Raises ConfigError or DataError."""
-    dataset = ShardDataset(config.data.train)
+    remote = config.data.remote
+    cache = CacheSettings(
+        folder=remote.cache or default_folder(), max_bytes=int(remote.cache_gb * 1e9), patience=remote.patience,
+        num_connections=remote.connections,
+    )  # fmt: skip
+    dataset = ShardDataset(config.data.train, cache)
     manifest = dataset.manifest
     if manifest.image_size != config.model.image_size:
         raise ConfigError(

@@ -28,13 +28,14 @@ from trainer.checkpoint import (
     remove_old,
 )
 from trainer.config import RunConfig, to_yaml
+from trainer.damage import DamageWatch
 from trainer.diagnosis import Recomputed, diagnose
 from trainer.diffusion.gaussian import GaussianDiffusion
 from trainer.diffusion.objectives import Losses, training_losses
 from trainer.diffusion.timesteps import make_timestep_sampler
 from trainer.ema import ShardedEma
 from trainer.engine import Engine, split_batch
-from trainer.inputs import InputSource, StepInputs, downsample, open_dataset
+from trainer.inputs import InputSource, downsample, open_dataset
 from trainer.journal import Journal
 from trainer.layout import changes, layout_of
 from trainer.meter import Meter
@@ -47,6 +48,7 @@ from trainer.processes import Processes, StopAgreement, StopRequest
 from trainer.profiler import StepProfiler
 from trainer.run_folder import RunFolder
 from trainer.saver import Saver
+from trainer.step_inputs import StepInputs
 from trainer.tracking.follow import SyncProcess
 from trainer.tracking.records import TrainRecord
 from trainer.watchdog import Watchdog
@@ -124,6 +126,7 @@ class Run:
         self.diffusion = GaussianDiffusion.create(config.diffusion, device)
         self.timesteps = make_timestep_sampler(config.diffusion, device)
         self.inputs = InputSource(config, dataset, processes)
+        self.damage = DamageWatch(config.data.max_damaged)
         self.meter = Meter(config, self.flops_per_image, processes, peak)
         self.noise_scale = NoiseScale(
             self.engine.network.parameters(), micro_batch=self.engine.micro_batch,
@@ -182,6 +185,8 @@ class Run:
             watchdog.at(self.nimg, "data")
             for inputs in steps:
                 watchdog.at(self.nimg, "compute")
+                self.damage.look(inputs.damaged)
+                self.meter.add_replaced(len(inputs.damaged))
                 self.step(inputs)
                 self.nimg += batch
                 bar.update(batch)

@@ -41,7 +41,7 @@ _NOISE = ("noise_small", "noise_big", "noise_count")
 _SCALARS = (*_MICRO, *_STEP, *_NOISE)
 # ... what is so at the interval's end, on the device, and what this process's host knows.
 _STATE = ("warmed_up", "skips_in_a_row", "loss_scale")
-_OWN = ("forward_seconds", "host_gb", "device_peak_gb")
+_OWN = ("forward_seconds", "host_gb", "device_peak_gb", "replaced_images")
 
 _Spans = list[tuple[Moment, Moment]]  # starts and ends
 
@@ -83,6 +83,7 @@ class Meter:
         self._forwards_before: tuple[_Spans, int] = ([], 0)  # of the one before, with its number of steps
         self._step_ends: list[Moment] = []  # of this interval, after the last one of the interval before
         self._steps = 0  # of this interval
+        self._replaced = 0  # images of this interval
         self._warm = False  # whether the life's first step is over
 
     def _zeros(self) -> Tensor:
@@ -115,6 +116,10 @@ class Meter:
         yield
         if self._warm:
             self._forwards.append((start, self._clock.now()))
+
+    def add_replaced(self, num_images: int) -> None:
+        """Add the damaged images of a step that others took the place of."""
+        self._replaced += num_images
 
     def add_noise(self, small_square: Tensor, grad_norm: Tensor) -> None:
         """Add a step measured for the gradient noise scale.
@@ -181,7 +186,9 @@ class Meter:
         spans, steps = ended if cuda else self._forwards_before
         seconds = sum(self._clock.seconds(start, end) for start, end in spans)
         peak = torch.cuda.max_memory_allocated(self._processes.device) if cuda else 0
-        return [seconds / steps if steps else 0.0, psutil.Process().memory_info().rss / 1e9, peak / 1e9]
+        host = psutil.Process().memory_info().rss
+        replaced, self._replaced = self._replaced, 0
+        return [seconds / steps if steps else 0.0, host / 1e9, peak / 1e9, float(replaced)]
 
     def flush(self) -> TrainRecord | None:
         """The record still pending, if any."""
@@ -204,6 +211,7 @@ class Meter:
             "train/skipped_steps": scalars["skipped_steps"] / self._processes.world_size,
             "train/skipped_in_a_row": state["skips_in_a_row"],
             "train/nonfinite_images": scalars["nonfinite_images"],
+            "data/replaced_images": sum(own["replaced_images"]),
             "speed/img_per_second": images / pending.seconds,
             "speed/flops_per_second": flops_per_second,
             "speed/mfu": flops_per_second / self._peak,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -41,6 +42,7 @@ class Collection:
     preprocessing: str
     origin: str  # what answered, for the reader
     splits: dict[str, Split]  # by name: "train", "test"
+    remarks: Callable[[], list[str]] = list  # what the reader should know once the images were loaded
 
 
 class Source(ABC):

@@ -1,137 +1,184 @@
-"""A folder of one's own images: one sub-folder a class (DIR/cat/1.jpg), or flat and unlabelled (DIR/1.jpg)."""
+"""One's own images, in a folder or a .tar or .zip of one: DIR/cat/1.jpg, DIR/cat_1.jpg, or unlabelled DIR/1.jpg."""
 
 from __future__ import annotations
 
 import argparse
 import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from data_pipeline.errors import DataError
 from data_pipeline.index import NO_LABEL
-from data_pipeline.resize import CENTRE_CROP, centre_crop, to_rgb
-from data_pipeline.sources.base import Collection, Source, Split, UnreadableImageError
+from data_pipeline.sources import holdout
+from data_pipeline.sources.archives import ARCHIVES, Members, archive_places
+from data_pipeline.sources.base import Collection, Source
+from data_pipeline.sources.originals import EXTENSIONS as EXTENSIONS
+from data_pipeline.sources.originals import LooseFiles, Originals, OriginalsSplit, enlargement_remarks, is_image
+from data_pipeline.sources.sizing import Sizing
 
-EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".ppm", ".tif", ".tiff", ".webp")
+LABELLINGS = ("auto", "folder", "prefix", "none")
 
 
 @dataclass(frozen=True)
-class FolderSplit:
-    """Some of the folder's images."""
+class Pictures:
+    """All images in a folder or archive, sorted by name."""
 
-    root: Path
-    files: list[str]  # relative to root
-    labels: list[int]
-    size: int
+    path: Path
+    flag: str  # which the user gave it with, for errors
 
-    def __len__(self) -> int:
-        return len(self.files)
+    @cached_property
+    def originals(self) -> Originals:
+        """The images, found and listed."""
+        if self.path.suffix.lower() in ARCHIVES:
+            places = sorted(place for place in archive_places(self.path) if is_image(place.name))
+            found: Originals = Members.of([self.path], ((0, place) for place in places))
+        elif self.path.is_dir():
+            found = LooseFiles(self.path, list_images(self.path))
+        else:
+            kinds = " or ".join(ARCHIVES)
+            raise DataError(f"{self.flag} {self.path}: there is no such folder, and it is no {kinds} either.")
+        if not found.names:
+            raise DataError(f"{self.flag} {self.path} holds no images (files ending in {', '.join(EXTENSIONS)}).")
+        return found
 
-    def load(self, position: int) -> tuple[NDArray[np.uint8], int]:
-        try:
-            with Image.open(self.root / self.files[position]) as image:
-                return centre_crop(to_rgb(image), self.size), self.labels[position]
-        except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError) as error:
-            raise UnreadableImageError(f"{self.files[position]}: {error}") from None
+    def digest(self) -> str:
+        """Hex sha256 of all names and sizes; of an archive, of its own name and size."""
+        listing = hashlib.sha256()
+        archive = self.path.suffix.lower() in ARCHIVES and self.path.is_file()
+        root, names = (self.path.parent, [self.path.name]) if archive else (self.path, self.originals.names)
+        for name in names:
+            listing.update(f"{name}\0{os.stat(f'{root}/{name}').st_size}\n".encode("utf-8", "surrogateescape"))
+        return listing.hexdigest()
+
+    def classes(self, labelling: str) -> list[str] | None:
+        """Every image's class, or None where they have none."""
+        names = self.originals.names
+        if labelling == "none":
+            return None
+        if labelling == "prefix":
+            return [self._prefix(name) for name in names]
+        flat = [name for name in names if "/" not in name]
+        if len(flat) == len(names) and labelling == "auto":
+            return None
+        if flat:
+            raise DataError(
+                f"{self.flag} {self.path} mixes images in class folders with {len(flat)} images beside them "
+                f"(such as {flat[0]}): either all of them lie in class folders, or --labels none (or prefix)."
+            )
+        return [name.partition("/")[0] for name in names]
+
+    def _prefix(self, name: str) -> str:
+        prefix, mark, _ = name.rpartition("/")[2].partition("_")
+        if not mark:
+            raise DataError(f'{self.flag} {self.path}: {name} has no "_", which --labels prefix needs after the class.')
+        return prefix
+
+
+def list_images(folder: Path) -> list[str]:
+    """All images below a folder, relative to it, sorted; hidden files and folders are passed over."""
+    found = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        within = "" if parent == str(folder) else f"{os.path.relpath(parent, folder)}/"
+        found += [within + name for name in names if is_image(name)]
+    return sorted(found)
 
 
 @dataclass(frozen=True)
 class ImageFolder(Source):
-    """A folder of your own images: class folders, or flat without labels."""
+    """Your own images: a folder, a .tar or a .zip of class folders, or flat."""
 
-    path: Path
-    size: int
-    holdout: float  # share of the images that goes to the test split
+    train: Pictures
+    test: Pictures | None
+    sizing: Sizing
+    labelling: str  # one of LABELLINGS
+    holdout: float  # share of the images that goes to the test split; 0 where `test` is given
     kind = "folder"
 
     @property
     def name(self) -> str:
-        return self.path.resolve().name
+        path = self.train.path.resolve()
+        return path.stem if path.suffix.lower() in ARCHIVES else path.name
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
-        parser.add_argument("--from", dest="origin", type=Path, metavar="DIR", required=True, help="the images")
-        parser.add_argument("--size", type=int, required=True, help="pixels a side of the prepared images")
-        parser.add_argument("--holdout", type=float, default=0.1, help="share held out as test/ (default 0.1)")
+        parser.add_argument(
+            "--from", dest="origin", type=Path, metavar="DIR", required=True, help="the images: a folder, .tar or .zip"
+        )
+        parser.add_argument(
+            "--labels", choices=LABELLINGS, default="auto",
+            help='folder: the first folder\'s name is the class; prefix: the file name up to the first "_"; '
+            "auto: folder if there are any, else none (default)",
+        )  # fmt: skip
+        holdout.add_arguments(parser, test="a folder, .tar or .zip of test images", metavar="DIR")
+        Sizing.add_arguments(parser)
 
     @classmethod
     def from_arguments(cls, args: argparse.Namespace) -> ImageFolder:
-        if args.size < 1:
-            raise DataError(f"--size is {args.size}; it must be at least 1.")
-        if not 0 <= args.holdout < 1:
-            raise DataError(f"--holdout is {args.holdout}; it must be at least 0 and below 1.")
-        return cls(args.origin, args.size, args.holdout)
-
-    def options(self) -> dict[str, str | int | float | bool]:
-        listing = hashlib.sha256()
-        for name in self._files:
-            listing.update(f"{name}\0{(self.path / name).stat().st_size}\n".encode("utf-8", "surrogateescape"))
-        return {"listing_sha256": listing.hexdigest(), "size": self.size, "holdout": self.holdout}
-
-    def split_names(self) -> list[str]:
-        return ["train", "test"] if self.holdout > 0 else ["train"]
-
-    def open(self, workspace: Path) -> Collection:
-        class_names, labels = self._labelled()
-        held_out = self._held_out()
-        splits: dict[str, Split] = {}
-        for name in self.split_names():
-            rows = [row for row in range(len(self._files)) if (row in held_out) == (name == "test")]
-            splits[name] = FolderSplit(
-                self.path, [self._files[row] for row in rows], [labels[row] for row in rows], self.size
-            )
-        return Collection(
-            image_size=self.size, class_names=class_names, preprocessing=CENTRE_CROP,
-            origin=f"folder {self.name}", splits=splits,
+        return cls(
+            Pictures(args.origin, "--from"), None if args.test is None else Pictures(Path(args.test), "--test"),
+            Sizing.from_arguments(args), args.labels, holdout.from_arguments(args),
         )  # fmt: skip
 
-    @cached_property
-    def _files(self) -> list[str]:
-        """All images below the folder, relative to it, sorted."""
-        if not self.path.is_dir():
-            raise DataError(f"--from {self.path}: there is no such folder.")
-        found = []
-        for parent, folders, names in os.walk(self.path):
-            folders[:] = [folder for folder in folders if not folder.startswith(".")]
-            within = Path(parent).relative_to(self.path)
-            found += [
-                (within / name).as_posix()
-                for name in names
-                if name.lower().endswith(EXTENSIONS) and not name.startswith(".")
-            ]
-        if not found:
-            raise DataError(f"--from {self.path} holds no images (files ending in {', '.join(EXTENSIONS)}).")
-        return sorted(found)
+    def options(self) -> dict[str, str | int | float | bool]:
+        options = {"listing_sha256": self.train.digest(), **self.sizing.options(), "holdout": self.holdout}
+        if self.test:
+            options["test_listing_sha256"] = self.test.digest()
+        if self.labelling != "auto":
+            options["labels"] = self.labelling
+        return options
 
-    def _labelled(self) -> tuple[list[str], list[int]]:
-        """The class names and every file's label."""
-        flat = [name for name in self._files if "/" not in name]
-        if len(flat) == len(self._files):
-            return [], [NO_LABEL] * len(flat)
-        if flat:
-            raise DataError(
-                f"--from {self.path} mixes images in class folders with {len(flat)} images beside them "
-                f"(such as {flat[0]}): either all of them lie in class folders, or none."
-            )
-        folders = [name.partition("/")[0] for name in self._files]
-        class_names = sorted(set(folders))
-        numbers = {name: number for number, name in enumerate(class_names)}
-        return class_names, [numbers[folder] for folder in folders]
+    def split_names(self) -> list[str]:
+        return ["train", "test"] if self.test or self.holdout > 0 else ["train"]
 
-    def _held_out(self) -> set[int]:
-        """The images of the test split: chosen by a hash of their names, so that it does not change with the others."""
-        num_test = round(self.holdout * len(self._files))
-        if self.holdout > 0:
-            num_test = max(num_test, 1)
-        if num_test >= len(self._files):
-            raise DataError(
-                f"--from {self.path} holds only {len(self._files)} images: too few to hold out {self.holdout:g} of all."
-            )
-        hashes = [hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest() for name in self._files]
-        return set(sorted(range(len(self._files)), key=hashes.__getitem__)[:num_test])
+    def open(self, workspace: Path) -> Collection:
+        classes = self.train.classes(self.labelling)
+        class_names = sorted(set(classes or []))
+        labels = _numbers(classes, class_names, self.train)
+        if self.test:
+            test_labels = _numbers(self.test.classes(self.labelling), class_names, self.test)
+            splits = {"train": self._split(self.train, labels), "test": self._split(self.test, test_labels)}
+        else:
+            names = self.train.originals.names
+            is_test = holdout.held_out(names, self.holdout, origin=f"--from {self.train.path}")
+            splits = {
+                name: self._split(self.train, labels, np.flatnonzero(is_test == (name == "test")))
+                for name in self.split_names()
+            }
+        return Collection(
+            image_size=self.sizing.size, class_names=class_names, preprocessing=self.sizing.stored_name,
+            origin=f"folder {self.name}", splits=dict(splits),
+            remarks=lambda: enlargement_remarks(splits, self.sizing.size),
+        )  # fmt: skip
+
+    def _split(
+        self, pictures: Pictures, labels: NDArray[np.int64], rows: NDArray[np.int64] | None = None
+    ) -> OriginalsSplit:
+        rows = np.arange(len(labels)) if rows is None else rows
+        return OriginalsSplit(pictures.originals, rows, labels[rows], self.sizing)
+
+
+def _numbers(classes: Sequence[str] | None, class_names: list[str], pictures: Pictures) -> NDArray[np.int64]:
+    """Every image's label [n].
+
+    Raises:
+        DataError: one has a class that the training images do not have, or none where they have one.
+    """
+    if classes is None:
+        if class_names:
+            raise DataError(f"{pictures.flag} {pictures.path} has no class folders, the training images have them.")
+        return np.full(len(pictures.originals.names), NO_LABEL, dtype=np.int64)
+    unknown = sorted(set(classes) - set(class_names))
+    if unknown:
+        raise DataError(
+            f"{pictures.flag} {pictures.path}: class {unknown[0]} does not occur among the training images "
+            f"({len(unknown)} such). Class names must be the same in both."
+        )
+    numbers = {name: number for number, name in enumerate(class_names)}
+    return np.array([numbers[name] for name in classes], dtype=np.int64)

@@ -93,7 +93,7 @@ def test_unreadable_images_are_listed_and_keys_stay(classes: Path, tmp_path: Pat
 def test_nothing_to_prepare_is_told(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty/notes.txt").write_text("nothing")
-    with pytest.raises(DataError, match=r"empty holds no images \(files ending in .bmp"):
+    with pytest.raises(DataError, match=r"empty holds no images \(files ending in .apng"):
         run(tmp_path / "empty", tmp_path / "out")
     with pytest.raises(DataError, match="there is no such folder"):
         run(tmp_path / "absent", tmp_path / "out")

@@ -8,7 +8,8 @@ import time
 
 import impatient_run  # noqa: F401
 
-from trainer.inputs import InputSource, StepInputs
+from trainer.inputs import InputSource
+from trainer.step_inputs import StepInputs
 
 
 class HangingSource(InputSource):

@@ -22,8 +22,9 @@ import trainer.loop
 import trainer.processes
 import trainer.saver
 import trainer.tracking.records
-from trainer.inputs import InputSource, StepInputs
+from trainer.inputs import InputSource
 from trainer.outputs import Outputs
+from trainer.step_inputs import StepInputs
 
 _, WHAT, _GRACE = sys.argv[:3]
 write_checkpoint = trainer.saver.write_checkpoint

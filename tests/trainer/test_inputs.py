@@ -10,8 +10,9 @@ import torch
 
 from data_pipeline.errors import ConfigError
 from trainer.config import load_config
-from trainer.inputs import NO_LABEL, InputSource, StepInputs, open_dataset
+from trainer.inputs import NO_LABEL, InputSource, open_dataset
 from trainer.processes import Processes
+from trainer.step_inputs import StepInputs
 
 CLASSES = ("model.num_classes=4", "model.null_class=true")
 

@@ -1,0 +1,149 @@
+"""Images inside tar and zip archives, read where they lie: nothing is unpacked."""
+
+from __future__ import annotations
+
+import os
+import posixpath
+import struct
+import tarfile
+import zipfile
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from io import RawIOBase
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from data_pipeline.errors import DataError
+from data_pipeline.progress import progress_bar
+
+ARCHIVES = (".tar", ".zip")
+_ZIP_HEADER = struct.Struct("<26xHH")  # of a member: the lengths of its name and of its extra field
+
+
+class Place(NamedTuple):
+    """Where a member of an archive lies."""
+
+    name: str
+    offset: int  # bytes, of its content in the archive's file
+    size: int  # bytes, as stored
+    deflated: bool = False
+
+
+@dataclass(frozen=True)
+class Members:
+    """Members of one or several archives, in a fixed order; columns rather than objects: there may be millions."""
+
+    paths: list[Path]
+    names: list[str]
+    file: NDArray[np.int32]  # [n]: which of the paths
+    offset: NDArray[np.int64]  # [n]
+    size: NDArray[np.int64]  # [n]
+    deflated: NDArray[np.bool_]  # [n]
+
+    @classmethod
+    def of(cls, paths: list[Path], places: Iterable[tuple[int, Place]]) -> Members:
+        """From (number of the path, place) pairs."""
+        rows = list(places)
+        return cls(
+            paths, [place.name for _, place in rows],
+            file=np.array([number for number, _ in rows], dtype=np.int32),
+            offset=np.array([place.offset for _, place in rows], dtype=np.int64),
+            size=np.array([place.size for _, place in rows], dtype=np.int64),
+            deflated=np.array([place.deflated for _, place in rows], dtype=np.bool_),
+        )  # fmt: skip
+
+    def read(self, position: int) -> bytes:
+        size = int(self.size[position])
+        with open(self.paths[int(self.file[position])], "rb", buffering=0) as file:
+            file.seek(int(self.offset[position]))
+            content = file.read(size) or b""
+        if len(content) != size:
+            raise OSError(f"the archive ends before it: {len(content):,} of {size:,} bytes")
+        return zlib.decompress(content, wbits=-zlib.MAX_WBITS) if self.deflated[position] else content
+
+
+def archive_places(path: Path) -> Iterator[Place]:
+    """The files inside a .tar or .zip, in the archive's order, under a bar.
+
+    Raises:
+        DataError: it is not there, damaged, cut short, compressed as a whole, or encrypted.
+    """
+    if not path.is_file():
+        raise DataError(f"there is no archive {path}.")
+    if path.suffix.lower() == ".zip":
+        yield from zip_places(path)
+        return
+    with scanned(path) as (file, bar):
+        yield from tar_places(file, path.name, 0, path.stat().st_size, bar)
+
+
+@contextmanager
+def scanned(path: Path) -> Iterator[tuple[RawIOBase, tqdm[Any]]]:
+    """An archive opened for hopping from header to header, and a bar over its bytes."""
+    with open(path, "rb", buffering=0) as file, progress_bar(
+        total=path.stat().st_size, unit="B", scale=True, description=f"scan {path.name}"
+    ) as bar:  # fmt: skip
+        os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_RANDOM)  # what lies between two headers is not wanted yet
+        yield file, bar
+
+
+def tar_places(file: RawIOBase, name: str, start: int, end: int, bar: tqdm[Any] | None = None) -> Iterator[Place]:
+    """The files of the tar archive at bytes start .. end of an open file: one small read and one seek a member.
+
+    `name` is the archive's, for errors; `bar` counts the bytes that were passed.
+
+    Raises:
+        DataError: it is no plain tar, or cut short.
+    """
+    cut = DataError(f"{name} is cut short or damaged: it has no proper end. Get it again, and compare its size.")
+    passed = start
+    file.seek(start)
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while (entry := tar.next()) is not None:
+                tar.members = []  # type: ignore[attr-defined]  # it would keep them all, a kilobyte each
+                if entry.offset_data + entry.size > end:
+                    raise cut
+                if bar is not None:
+                    bar.update(entry.offset_data + entry.size - passed)
+                    passed = entry.offset_data + entry.size
+                if entry.isreg():
+                    yield Place(posixpath.normpath(entry.name), entry.offset_data, entry.size)
+            file.seek(tar.offset)  # the end mark is a block of zeros; a cut between two members leaves none
+            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+                raise cut
+    except tarfile.TarError as error:
+        raise DataError(
+            f"{name} is no plain tar archive, or damaged ({error}). Unpack one that is compressed as a whole (.tar.gz) "
+            "with gunzip; else get it again."
+        ) from None
+    if bar is not None:
+        bar.update(end - passed)
+
+
+def zip_places(path: Path) -> Iterator[Place]:
+    """The files inside a zip archive, under a bar.
+
+    Raises:
+        DataError: it is damaged, or a member is encrypted or compressed in a rare way.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
+            entries = archive.infolist()
+            for entry in progress_bar(entries, total=len(entries), unit="file", description=f"scan {path.name}"):
+                if entry.is_dir():
+                    continue
+                if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+                    raise DataError(f"{path}: {entry.filename} is encrypted or compressed in a rare way: unpack it.")
+                file.seek(entry.header_offset)
+                start = entry.header_offset + _ZIP_HEADER.size + sum(_ZIP_HEADER.unpack(file.read(_ZIP_HEADER.size)))
+                deflated = entry.compress_type == zipfile.ZIP_DEFLATED
+                yield Place(posixpath.normpath(entry.filename), start, entry.compress_size, deflated)
+    except (zipfile.BadZipFile, struct.error) as error:
+        raise DataError(f"{path} is damaged or no zip archive ({error}): get it again.") from None

@@ -1,0 +1,53 @@
+"""Which images of a set without a split of its own are held out for testing."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from data_pipeline.errors import DataError
+
+DEFAULT_HOLDOUT = 0.1
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, test: str, metavar: str) -> None:
+    """Declare `--holdout` and `--test`, of which one may be given."""
+    parser.add_argument("--test", metavar=metavar, help=f"{test} (instead of --holdout)")
+    parser.add_argument("--holdout", type=float, help=f"share held out as test/ (default {DEFAULT_HOLDOUT:g})")
+
+
+def from_arguments(args: argparse.Namespace) -> float:
+    """The share to hold out; 0 where test images were given.
+
+    Raises:
+        DataError: both were given, or the share is impossible.
+    """
+    if args.test is not None:
+        if args.holdout is not None:
+            raise DataError(f"--test {args.test} and --holdout {args.holdout:g}: give one of the two.")
+        return 0.0
+    holdout = DEFAULT_HOLDOUT if args.holdout is None else float(args.holdout)
+    if not 0 <= holdout < 1:
+        raise DataError(f"--holdout is {holdout}; it must be at least 0 and below 1.")
+    return holdout
+
+
+def held_out(names: Sequence[str], share: float, *, origin: str) -> NDArray[np.bool_]:
+    """[n]: whether each is held out; chosen by a hash of its name, so that it does not change with the others.
+
+    Raises:
+        DataError: there are too few; `origin` says where they come from.
+    """
+    num_test = round(share * len(names))
+    if share > 0:
+        num_test = max(num_test, 1)
+    if num_test >= len(names):
+        raise DataError(f"{origin} holds only {len(names)} images: too few to hold out {share:g} of all.")
+    hashes = [hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest() for name in names]
+    chosen = np.zeros(len(names), dtype=np.bool_)
+    chosen[sorted(range(len(names)), key=hashes.__getitem__)[:num_test]] = True
+    return chosen

@@ -1,0 +1,236 @@
+"""ImageNet (ILSVRC2012, Russakovsky et al. 2015) from its official archives, read where they lie, or from folders.
+
+A class's number is the rank of its WordNet id among the sorted 1,000, as everywhere in the field. Photos come sorted
+by class and file name, so archives and folders give the same data set. EXIF rotation is not applied: it never was in
+published work on ImageNet, and its reference statistics are of the photos as stored.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from data_pipeline.errors import DataError
+from data_pipeline.progress import say
+from data_pipeline.sources.archives import Members, Place, archive_places, scanned, tar_places
+from data_pipeline.sources.base import Collection, Source
+from data_pipeline.sources.image_folder import list_images
+from data_pipeline.sources.imagenet_labels import WNID, ValidationLabels, read_labels
+from data_pipeline.sources.originals import LooseFiles, Originals, OriginalsSplit, enlargement_remarks, is_image
+from data_pipeline.sources.sizing import Sizing
+
+NUM_CLASSES = 1000
+TRAIN_PLACES = ("ILSVRC2012_img_train.tar", "train", "ILSVRC2012_img_train", "Data/CLS-LOC/train")
+VAL_PLACES = ("ILSVRC2012_img_val.tar", "val", "ILSVRC2012_img_val", "Data/CLS-LOC/val")
+LABEL_PLACES = ("ILSVRC2012_devkit_t12.tar.gz", "ILSVRC2012_devkit_t12", "LOC_val_solution.csv", "val.txt")
+
+Photos = tuple[Originals, list[str]]  # sorted by class and name; the WordNet id of each
+
+
+@dataclass(frozen=True)
+class ImageNet(Source):
+    """ImageNet (ILSVRC2012): train/ from the training photos, test/ from the validation photos."""
+
+    train: Path  # the tar of tars, a folder of class tars, or class folders
+    val: Path  # the tar, a flat folder, or class folders
+    devkit: Path | None  # where the validation labels are; None where `val` has class folders
+    sizing: Sizing
+    kind = "imagenet"
+
+    @property
+    def name(self) -> str:
+        return "imagenet"
+
+    @classmethod
+    def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
+        parser.add_argument(
+            "--from", dest="origin", type=Path, metavar="DIR",
+            help=f"folder with {TRAIN_PLACES[0]} (or train/), {VAL_PLACES[0]} (or val/) and {LABEL_PLACES[0]}",
+        )  # fmt: skip
+        parser.add_argument(
+            "--train", type=Path, metavar="PATH", help="training photos: the tar of class tars, or class folders"
+        )
+        parser.add_argument(
+            "--val", type=Path, metavar="PATH", help="validation photos (they become test/): the tar, or a folder"
+        )
+        parser.add_argument(
+            "--devkit", type=Path, metavar="PATH",
+            help="validation labels: the development kit, its folder, or a .txt or .csv file of file names and "
+            "WordNet ids; not needed where the validation photos lie in class folders",
+        )  # fmt: skip
+        Sizing.add_arguments(parser)
+
+    @classmethod
+    def from_arguments(cls, args: argparse.Namespace) -> ImageNet:
+        return cls(
+            _wanted("--train", args.train, args.origin, TRAIN_PLACES),
+            _wanted("--val", args.val, args.origin, VAL_PLACES),
+            args.devkit or _found(args.origin, LABEL_PLACES),
+            Sizing.from_arguments(args),
+        )
+
+    def options(self) -> dict[str, str | int | float | bool]:
+        options: dict[str, str | int | float | bool] = {
+            "train": _identity(self.train), "val": _identity(self.val), **self.sizing.options(),
+        }  # fmt: skip
+        if self.devkit:
+            options["devkit"] = _identity(self.devkit)
+        return options
+
+    def split_names(self) -> list[str]:
+        return ["train", "test"]
+
+    def open(self, workspace: Path) -> Collection:
+        labels = read_labels(self.devkit) if self.devkit else None
+        photos = {"train": _train_photos(self.train), "test": _val_photos(self.val, labels)}
+        words = labels.words if labels else {}
+        wnids = sorted(set(words).union(*(classes for _, classes in photos.values())))
+        _warn_of_missing(wnids, photos)
+        numbers = {wnid: number for number, wnid in enumerate(wnids)}
+        splits = {
+            name: OriginalsSplit(
+                originals, np.arange(len(classes)), np.array([numbers[wnid] for wnid in classes], dtype=np.int64),
+                self.sizing, upright=False,
+            )
+            for name, (originals, classes) in photos.items()
+        }  # fmt: skip
+        return Collection(
+            image_size=self.sizing.size,
+            class_names=[f"{wnid} {words[wnid]}" if wnid in words else wnid for wnid in wnids],
+            preprocessing=self.sizing.stored_name,
+            origin=f"{self.train.name}; test/ is the validation set, {self.val.name}",
+            splits=dict(splits),
+            remarks=lambda: enlargement_remarks(splits, self.sizing.size),
+        )
+
+
+def _found(folder: Path | None, places: tuple[str, ...]) -> Path | None:
+    return next((folder / place for place in places if (folder / place).exists()), None) if folder else None
+
+
+def _wanted(flag: str, given: Path | None, folder: Path | None, places: tuple[str, ...]) -> Path:
+    path = given or _found(folder, places)
+    if path is None:
+        where = f"--from {folder} holds none of {', '.join(places)}" if folder else "there is no --from DIR"
+        raise DataError(f"{flag} is not given and {where}. Say where these photos are with {flag} PATH.")
+    if not path.exists():
+        raise DataError(f"{flag} {path}: there is no such file or folder.")
+    return path
+
+
+def _identity(path: Path) -> str:
+    """What a path holds, without its place: an archive's name and size, or a digest of the names below a folder."""
+    if path.is_file():
+        return f"{path.name}, {path.stat().st_size} bytes"
+    names = _class_tars(path) or list_images(path) or sorted(file.name for file in path.rglob("*"))
+    return "files " + hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _warn_of_missing(wnids: list[str], photos: dict[str, Photos]) -> None:
+    for name, (_, classes) in photos.items():
+        found = len(set(classes))
+        if found != NUM_CLASSES:
+            say(f"warning: {name} has photos of {found:,} classes, ImageNet has {NUM_CLASSES:,}")
+    if len(wnids) != NUM_CLASSES:
+        say(f"warning: classes are numbered 0 to {len(wnids) - 1} among those found, not as in all of ImageNet")
+
+
+def _train_photos(path: Path) -> Photos:
+    """The training photos: a tar of class tars, a folder of class tars, or class folders.
+
+    Raises:
+        DataError: it is none of these.
+    """
+    if path.is_file():
+        return _members([path], ((0, wnid, place) for wnid, place in _nested(path)), f"--train {path}")
+    tars = _class_tars(path)
+    if tars:
+        found = (
+            (number, name.removesuffix(".tar"), place)
+            for number, name in enumerate(tars)
+            for place in archive_places(path / name)
+        )
+        return _members([path / name for name in tars], found, f"--train {path}")
+    return _class_folders(path, "--train")
+
+
+def _class_tars(folder: Path) -> list[str]:
+    return sorted(file.name for file in folder.glob("n*.tar") if WNID.fullmatch(file.stem))
+
+
+def _nested(path: Path) -> Iterator[tuple[str, Place]]:
+    """(WordNet id, place) of the photos in a tar of class tars; places count from the start of the outer one."""
+    with scanned(path) as (file, bar):
+        inner = list(tar_places(file, path.name, 0, path.stat().st_size))
+        for place in inner:
+            wnid, _, ending = _file_name(place.name).partition(".")
+            if not WNID.fullmatch(wnid) or ending != "tar":
+                raise DataError(
+                    f"--train {path} holds {place.name}, expected class archives such as n01440764.tar. "
+                    "If it is a plain archive of images, unpack it, or use prepare folder --from."
+                )
+            inside = tar_places(file, f"{path.name}: {place.name}", place.offset, place.offset + place.size, bar)
+            yield from ((wnid, photo) for photo in inside)
+
+
+def _val_photos(path: Path, labels: ValidationLabels | None) -> Photos:
+    """The validation photos: a tar or a folder, of class folders or flat with `labels`.
+
+    Raises:
+        DataError: they are flat and there are no labels for them.
+    """
+    if path.is_file():
+        places = list(archive_places(path))
+        return _members([path], ((0, _val_class(place.name, labels, path), place) for place in places), f"--val {path}")
+    names = list_images(path)
+    if any("/" in name for name in names):
+        return _class_folders(path, "--val")
+    classes = [_val_class(name, labels, path) for name in names]
+    return _sorted_files(path, names, classes, "--val")
+
+
+def _val_class(name: str, labels: ValidationLabels | None, path: Path) -> str:
+    folder = name.rpartition("/")[0].rpartition("/")[2]
+    if WNID.fullmatch(folder):
+        return folder
+    if labels is None:
+        raise DataError(
+            f"--val {path} tells no classes ({name} lies in no class folder). Give the labels with --devkit: "
+            f"{LABEL_PLACES[0]} from image-net.org, or a file of file names and WordNet ids."
+        )
+    return labels.wnid(name)
+
+
+def _members(paths: list[Path], found: Iterator[tuple[int, str, Place]], origin: str) -> Photos:
+    rows = sorted((row for row in found if is_image(row[2].name)), key=lambda row: (row[1], _file_name(row[2].name)))
+    if not rows:
+        raise DataError(f"{origin} holds no photos.")
+    return Members.of(paths, ((number, place) for number, _, place in rows)), [wnid for _, wnid, _ in rows]
+
+
+def _class_folders(path: Path, flag: str) -> Photos:
+    names = list_images(path)
+    classes = [name.partition("/")[0] for name in names]
+    strange = next((name for name, wnid in zip(names, classes, strict=True) if not WNID.fullmatch(wnid)), None)
+    if strange is not None:
+        raise DataError(
+            f"{flag} {path}: {strange} lies in no class folder; expected folders named by WordNet ids, such as "
+            "n01440764. For other images use prepare folder."
+        )
+    return _sorted_files(path, names, classes, flag)
+
+
+def _sorted_files(path: Path, names: list[str], classes: list[str], flag: str) -> Photos:
+    if not names:
+        raise DataError(f"{flag} {path} holds no photos.")
+    rows = sorted(zip(classes, names, strict=True), key=lambda row: (row[0], _file_name(row[1])))
+    return LooseFiles(path, [name for _, name in rows]), [wnid for wnid, _ in rows]
+
+
+def _file_name(name: str) -> str:
+    return name.rpartition("/")[2]
