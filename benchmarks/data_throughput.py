@@ -1,4 +1,4 @@
-"""The data pipeline against stock WebDataset, MosaicML Streaming and its limits: `python -m benchmarks.data_throughput`.
+"""The data pipeline against WebDataset, MosaicML Streaming and its limits: `python -m benchmarks.data_throughput`.
 
 Every contestant makes shuffled batches of 128 from the very same stored images, which lie in the page cache, with one
 thread in one process. They take turns, an epoch each a round; figures are CPU time (of all threads of the process)
@@ -8,9 +8,10 @@ an image, medians over the rounds, and ratios are those of neighbours in a round
     ours, flips    the same with random flips
     bare decode    the same decoder on payloads that lie in memory, in batches: the limit of encoded images
     bare Pillow    Pillow on payloads that lie in memory, one by one, into nothing: what others pay at the least
-    bare read      os.preadv of the same bytes in the same order into a batch that lies ready: the limit of raw images
+    bare read      os.preadv of the same bytes in the same order into batches that lie ready: the limit of raw images
     webdataset     WebDataset(...).shuffle(1000).decode("rgb8").to_tuple(...).batched(128) on the same tar files
     streaming      StreamingDataset(shuffle=True) on the same bytes as MDS shards, stacked to batches
+    streaming, indexed    the same samples by dataset[i], without its iterator and the threads that run beside it
 
 The peers check no checksums and hand out batches [B, H, W, C]; nothing is added to them. Streaming needs an interpreter
 with an environment of its own (streaming_peer.py says how to make it): --streaming-python PATH.
@@ -29,8 +30,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cache, partial
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +49,16 @@ from data_pipeline.codec import Encoding
 from data_pipeline.dataset import ShardDataset
 from data_pipeline.errors import UserError, run_cli
 from data_pipeline.files import write_json
-from data_pipeline.stream import TrainStream
+from data_pipeline.stream import ImageBatch, TrainStream
 
 BATCH = 128
+KEPT = 4  # batches that a consumer has at a time: those made ahead and the one in use
 CHUNK = 32  # images that are decoded together, as by ShardDataset
 NUM_SHARDS = 8
 SEED = 0
 MEMORY_EPOCHS = 10
+MEMORY_CASE = "64 png"
+PEERS = ("bare Pillow", "webdataset", "streaming", "streaming, indexed")
 DEFAULT_DATA = Path("data/cifar10/train")
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -101,12 +108,13 @@ def our_epochs(dataset: ShardDataset, *, random_flip: bool, num_threads: int = 1
     """Call after call, one epoch after another."""
     stream = TrainStream(dataset, seed=SEED, random_flip=random_flip, num_threads=num_threads)
     position = 0
+    kept: deque[ImageBatch] = deque(maxlen=KEPT)
 
     def epoch() -> None:
         nonlocal position
         stop = position + len(dataset)
         while position < stop:
-            stream.batch(position, BATCH)
+            kept.append(stream.batch(position, BATCH))
             position += BATCH
 
     return epoch
@@ -146,20 +154,19 @@ def read_payloads(dataset: ShardDataset, order: NDArray[np.int64]) -> list[bytes
 
 
 def bare_read(dataset: ShardDataset, case: Case, order: NDArray[np.int64]) -> Callable[[], None]:
-    """Reading the pixels of an epoch into one batch, all that can be prepared being prepared."""
+    """Reading the pixels of an epoch into as many batches as are kept, all that can be prepared being prepared."""
     files = open_shards(dataset)
     pixels = case.size**2 * 3
     header = dataset.index.size[order] - pixels
-    batch = np.empty((BATCH, 3, case.size, case.size), dtype=np.uint8)
-    rows = [[memoryview(row).cast("B")] for row in batch]
+    batches = np.empty((KEPT * BATCH, 3, case.size, case.size), dtype=np.uint8)
+    rows = cycle([[memoryview(row).cast("B")] for row in batches])
     offsets = (dataset.index.offset[order] + header).tolist()
     descriptors = [files[shard] for shard in dataset.index.shard[order].tolist()]
-    plan = [tuple(zip(descriptors[at : at + BATCH], rows, offsets[at : at + BATCH])) for at in range(0, case.num, BATCH)]
+    reads = list(zip(descriptors, rows, offsets, strict=False))
 
     def epoch() -> None:
-        for reads in plan:
-            for file, row, offset in reads:
-                os.preadv(file, row, offset)
+        for file, row, offset in reads:
+            os.preadv(file, row, offset)
 
     return epoch
 
@@ -180,18 +187,18 @@ def webdataset_epoch(dataset: ShardDataset, case: Case) -> Callable[[], None]:
     return epoch
 
 
-def streaming_epoch(peer: StreamingPeer, dataset: ShardDataset, case: Case) -> Epoch:
+def streaming_epochs(peer: StreamingPeer, dataset: ShardDataset, case: Case) -> dict[str, Epoch]:
     """MosaicML Streaming, in its process."""
     column = {"npy": f"ndarray:uint8:3,{case.size},{case.size}", "png": "png", "jpg": "jpeg"}[case.extension]
     out = str(Path(dataset.place).parent / "mds")
     peer("write", shards=dataset.place, out=out, column=column)
 
-    def epoch() -> float:
-        found = peer("epoch", place=out, batch=BATCH)
+    def epoch(indexed: bool) -> float:
+        found = peer("epoch", place=out, batch=BATCH, indexed=indexed)
         assert found["count"] == case.num
         return float(found["seconds"]) / case.num
 
-    return epoch
+    return {"streaming": partial(epoch, False), "streaming, indexed": partial(epoch, True)}
 
 
 def contestants(dataset: ShardDataset, case: Case, peer: StreamingPeer | None) -> dict[str, Epoch]:
@@ -208,9 +215,9 @@ def contestants(dataset: ShardDataset, case: Case, peer: StreamingPeer | None) -
         work["bare decode"] = lambda: bare_decode(case, payloads)
         work["bare Pillow"] = lambda: bare_pillow(payloads)
     work["webdataset"] = webdataset_epoch(dataset, case)
-    epochs: dict[str, Epoch] = {name: (lambda call=call: timed(call, case.num)) for name, call in work.items()}
+    epochs: dict[str, Epoch] = {name: partial(timed, call, case.num) for name, call in work.items()}
     if peer is not None:
-        epochs["streaming"] = streaming_epoch(peer, dataset, case)
+        epochs |= streaming_epochs(peer, dataset, case)
     return epochs
 
 
@@ -251,7 +258,7 @@ def summary(name: str, num: int, stored_share: float, rounds: dict[str, list[flo
         case=name, num=num, stored_share=stored_share,
         microseconds={who: 1e6 * statistics.median(seconds) for who, seconds in rounds.items()},
         limit=limit, share_of_limit=ratio(limit),
-        times_faster={who: ratio(who) for who in ("bare Pillow", "webdataset", "streaming") if who in rounds},
+        times_faster={who: ratio(who) for who in PEERS if who in rounds},
         two_threads=threads, rounds=rounds,
     )  # fmt: skip
 
@@ -339,17 +346,21 @@ def report(names: list[str], place: Path | None, peer: StreamingPeer | None, rou
     """Measure, print as it goes, and write the JSON file."""
     print("images: " + (f"mosaics of {place}" if place else "generated, as there is no --data"))
     print("MosaicML Streaming " + (peer.version if peer else "is left out: see --streaming-python"))
-    photos: dict[int, tuple[Images, NDArray[np.int64]]] = {}
+
+    @cache
+    def photos(size: int) -> tuple[Images, NDArray[np.int64]]:
+        return photographs(place, max(case.num for case in CASES.values() if case.size == size), size)
+
     rows = []
     for name in names:
-        size = CASES[name].size
-        if size not in photos:
-            photos[size] = photographs(place, max(case.num for case in CASES.values() if case.size == size), size)
-        rows.append(measure(name, *photos[size], peer, rounds))
+        rows.append(measure(name, *photos(CASES[name].size), peer, rounds))
         print_row(rows[-1])
-    size = CASES[names[0]].size
-    memory = measure_memory(*photos[size], names[0])
-    print(f"{names[0]}, memory: " + " ".join(f"{epoch['pss']:.1f}" for epoch in memory) + " MiB (PSS) over ten epochs")
+    memory = measure_memory(*photos(CASES[MEMORY_CASE].size), MEMORY_CASE)
+    print(
+        f"\n{MEMORY_CASE}, memory: "
+        + " ".join(f"{epoch['pss']:.1f}" for epoch in memory)
+        + " MiB (PSS) over ten epochs"
+    )
     if peer is not None:
         peer.close()
     if out is not None:

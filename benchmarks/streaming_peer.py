@@ -120,14 +120,18 @@ def write(shards: str, out: str, column: str) -> None:
 _opened: dict[str, Any] = {}
 
 
-def epoch(place: str, batch: int) -> dict[str, Any]:
-    """One shuffled epoch as batches of images [B, H, W, C] (raw ones as stored): its images and CPU seconds."""
+def epoch(place: str, batch: int, indexed: bool) -> dict[str, Any]:
+    """One shuffled epoch as batches of images [B, H, W, C] (raw ones as stored): its images and CPU seconds.
+
+    By iteration, or `indexed`: the samples one by one in an order of ours.
+    """
     from streaming import StreamingDataset
 
     if place not in _opened:
         _opened[place] = StreamingDataset(local=place, shuffle=True, batch_size=batch, num_canonical_nodes=1)
     began, count = time.process_time(), 0
-    samples = iter(_opened[place])
+    dataset = _opened[place]
+    samples = (dataset[int(i)] for i in np.random.permutation(len(dataset))) if indexed else iter(dataset)
     while group := list(islice(samples, batch)):
         images = np.stack([np.asarray(sample["image"]) for sample in group])
         labels = np.array([sample["label"] for sample in group])

@@ -31,7 +31,7 @@ class Entry(BaseModel):
 
 
 class Journal:
-    """The notes on one split, whose shards lie in the folder `shards`."""
+    """The notes on one split, whose shards lie in the folder `shards`; what else lies there is unfinished and goes."""
 
     def __init__(self, folder: Path, shards: Path) -> None:
         self._folder = folder
@@ -43,6 +43,10 @@ class Journal:
             if entry is None:
                 break  # after a power failure, say: go on from here
             self.entries.append(entry)
+        complete = {entry.shard.file for entry in self.entries}
+        for path in shards.iterdir():
+            if path.name not in complete:
+                path.unlink()
 
     @property
     def next_position(self) -> int:

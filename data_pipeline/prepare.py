@@ -1,11 +1,13 @@
 """Raw images -> shards, index and manifest.
 
     python -m data_pipeline.prepare cifar10   --out data/cifar10 [--from ARCHIVE_OR_FOLDER]
+    python -m data_pipeline.prepare imagenet  --out data/imagenet64 --from DIR --size 64 [--encoding npy]
     python -m data_pipeline.prepare folder    --out data/mine --from DIR --size 64 [--holdout 0.1]
     python -m data_pipeline.prepare generated --out data/generated --size 32 --num-train 1024 --num-test 256
 
 OUT appears when it is complete and not before. Stopped in any way, the same command goes on behind the last complete
-shard. Asked again for what OUT already holds, it ends at once. The number of processes does not change the result.
+shard. Asked again for what OUT already holds, it ends at once. Originals that cannot be read are left out and listed in
+OUT/unreadable.txt, up to a limit. The number of processes does not change the result.
 """
 
 from __future__ import annotations
@@ -65,34 +67,39 @@ def prepare(
         DataError: the source cannot be had, more than `max_unreadable` of its images cannot be read, or `out` holds
             something else or is being written by another process.
     """
-    if is_prepared(source, out, encoding):
+    wanted = SourceInfo(kind=source.kind, options=source.options(), origin="")
+    if is_prepared(wanted, source.split_names(), out, encoding):
         print(f"{out} already holds this data set, complete: nothing to do.")
         return
-    with workspace(out, request=_request(source, encoding, shard_mb)) as work:
+    with workspace(out, request=_request(wanted, encoding, shard_mb)) as work:
         journals = {name: Journal(work.journal / name, work.result / name) for name in source.split_names()}
         _tell_what_is_there(journals)
+        print(f"looking for the images of {source.kind} ...", flush=True)
         collection = source.open(work.scratch)
+        info = wanted.model_copy(update={"origin": collection.origin})
         report = UnreadableReport(work.result / UNREADABLE_FILE, max_unreadable)
         pieces = {name: _pieces(collection, name, found.next_position) for name, found in journals.items()}
         num_processes = max(1, min(num_processes, sum(map(len, pieces.values()))))
         make = partial(_make, collection, encoding)
-        with _bar(collection, journals) as bar, WorkerPool(make, num_processes) as pool:
+        with WorkerPool(make, num_processes) as pool, _bar(collection, journals) as bar:
             for name, noted in journals.items():
                 folder = work.result / name
                 _write_split(pool.map(pieces[name]), folder, noted, report, bar, shard_bytes=int(shard_mb * 1e6))
-                manifest = _describe(source, collection, name, encoding, noted, folder)
+                manifest = _describe(source.name, info, collection, encoding, noted, folder)
                 say(
                     f"{name}: {manifest.num_samples:,} images in {len(manifest.shards)} shards, "
                     f"fingerprint {manifest.fingerprint[:16]}"
                 )
         work.publish()
+    for remark in collection.remarks():
+        print(remark)
     if report.lines:
         print(f"{len(report.lines)} images could not be read and are left out: see {out / UNREADABLE_FILE}")
     print(f"{out} is ready: {collection.origin}")
 
 
-def is_prepared(source: Source, out: Path, encoding: Encoding = "png") -> bool:
-    """Whether `out` holds exactly what `source` describes, so encoded.
+def is_prepared(wanted: SourceInfo, splits: list[str], out: Path, encoding: Encoding) -> bool:
+    """Whether `out` holds exactly these splits of a source (wherever they came from), so encoded.
 
     Raises:
         DataError: it holds something else, or a damaged data set.
@@ -107,23 +114,23 @@ def is_prepared(source: Source, out: Path, encoding: Encoding = "png") -> bool:
     for folder in folders:
         manifest = Manifest.load(folder)
         found = manifest.source
-        if (found.kind, found.options, manifest.encoding) != (source.kind, source.options(), encoding):
+        if (found.kind, found.options, manifest.encoding) != (wanted.kind, wanted.options, encoding):
             raise DataError(
                 f"--out {out} already holds other data: {found.kind} {found.options} as {manifest.encoding}, "
-                f"asked for {source.kind} {source.options()} as {encoding}. Choose another --out, or remove that "
+                f"asked for {wanted.kind} {wanted.options} as {encoding}. Choose another --out, or remove that "
                 "folder first."
             )
         ShardDataset(folder)  # raises where a file is missing or damaged
-    lost = sorted(set(source.split_names()) - {folder.name for folder in folders})
+    lost = sorted(set(splits) - {folder.name for folder in folders})
     if lost:
         raise DataError(f"{out / lost[0]} is missing. Remove {out} and run the same command again.")
     return True
 
 
-def _request(source: Source, encoding: Encoding, shard_mb: float) -> str:
+def _request(wanted: SourceInfo, encoding: Encoding, shard_mb: float) -> str:
     """All that decides the bytes of the result."""
     decides = {
-        "format": [FORMAT, journal.FORMAT], "kind": source.kind, "options": source.options(), "encoding": encoding,
+        "format": [FORMAT, journal.FORMAT], "kind": wanted.kind, "options": wanted.options, "encoding": encoding,
         "shard_mb": shard_mb,
     }  # fmt: skip
     return json.dumps(decides, indent=2)
@@ -200,14 +207,14 @@ def _write_split(
 
 
 def _describe(
-    source: Source, collection: Collection, name: str, encoding: Encoding, noted: Journal, folder: Path
+    name: str, info: SourceInfo, collection: Collection, encoding: Encoding, noted: Journal, folder: Path
 ) -> Manifest:  # fmt: skip
     """Write the index and, last, the manifest of a split."""
     written = join_shards(noted.written())
     manifest = Manifest(
         format=FORMAT,
-        name=source.name,
-        split=name,
+        name=name,
+        split=folder.name,
         num_samples=len(written.index),
         image_size=collection.image_size,
         num_channels=3,
@@ -215,7 +222,7 @@ def _describe(
         class_names=collection.class_names,
         encoding=encoding,
         preprocessing=collection.preprocessing,
-        source=SourceInfo(kind=source.kind, options=source.options(), origin=collection.origin),
+        source=info,
         fingerprint=written.fingerprint,
         index_sha256=hashlib.sha256(written.index.save(folder)).hexdigest(),
         shards=written.shards,

@@ -145,7 +145,6 @@ class _Reader:
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self._path, self._file = path, file
         self._num_bytes = path.stat().st_size
-        self.readline = file.readline
 
     def read(self, size: int) -> Any:
         if size < _LONG:
@@ -155,6 +154,12 @@ class _Reader:
             raise EOFError(f"it ends {start + size - self._num_bytes:,} bytes too early")
         self._file.seek(size, io.SEEK_CUR)
         return _Stretch(self._path, start, size)
+
+    def readline(self) -> bytes:
+        line = self._file.readline()
+        if not line.endswith(b"\n"):
+            raise EOFError("it ends too early")
+        return line
 
     def read_whole(self, size: int) -> bytes:
         content = self._file.read(size)

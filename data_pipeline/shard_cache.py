@@ -38,7 +38,7 @@ def default_folder() -> Path:
 class CacheSettings:
     """How remote shards are fetched and kept."""
 
-    folder: Path = field(default_factory=default_folder)  # on a local disk; may be shared by any number of runs
+    folder: Path = field(default_factory=default_folder)  # on a local disk; for all runs of one user
     max_bytes: int = 64 << 30  # of the whole folder
     patience: float = DEFAULT_PATIENCE  # seconds without a new byte until a download is given up
     num_connections: int = 4  # shards fetched ahead at a time, by each process
@@ -153,7 +153,7 @@ class ShardCache:
             path.unlink(missing_ok=True)
             return None
         fcntl.flock(fd, fcntl.LOCK_SH)  # in use
-        os.utime(fd)
+        os.utime(fd, ns=(now := time.time_ns(), now))  # the kernel's own "now" is some ms coarse
         return fd
 
     def _fetch(self, shard: Shard) -> None:
@@ -191,7 +191,8 @@ class ShardCache:
             self._reserve(fd, shard.num_bytes)
             with open(fd, "wb", closefd=False) as file:
                 self._storage.download(shard.file, file, num_bytes=shard.num_bytes, sha256=shard.sha256)
-            os.rename(part, self.path(shard))
+            with self._folder_lock():  # who counts must find the one name or the other
+                os.rename(part, self.path(shard))
         except BaseException as error:
             part.unlink(missing_ok=True)
             if isinstance(error, OSError):
@@ -202,19 +203,25 @@ class ShardCache:
         """Give a part its size, once enough of what was not used for the longest time has been removed."""
         os.ftruncate(fd, 0)  # a process that died may have left something
         while True:
-            with _lockable(self._settings.folder / ".lock", os.O_CREAT) as folder_lock:
-                fcntl.flock(folder_lock, fcntl.LOCK_EX)
+            with self._folder_lock():
                 if self._make_room(num_bytes):
                     os.ftruncate(fd, num_bytes)
                     return
+            os.utime(fd)  # a sign of life
             time.sleep(_POLL)  # other downloads fill the cache: they end, and can be removed then
+
+    @contextmanager
+    def _folder_lock(self) -> Iterator[None]:
+        with _lockable(self._settings.folder / ".lock", os.O_CREAT) as fd:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield
 
     def _make_room(self, num_bytes: int) -> bool:
         """Whether `num_bytes` more fit, after removing what may be removed."""
         sizes: dict[Path, int] = {}
         last_used: dict[Path, int] = {}
         for path in self._settings.folder.iterdir():
-            with suppress(FileNotFoundError):  # renamed or removed meanwhile
+            with suppress(FileNotFoundError):  # a download failed meanwhile
                 if path.suffix == ".part" and _removed_unless_locked(path):
                     continue  # left by a process that died
                 if path.suffix in (".part", ".tar"):
@@ -263,7 +270,7 @@ def _lockable(path: Path, flags: int = 0) -> Iterator[int]:
     try:
         yield fd
     finally:
-        fcntl.flock(fd, fcntl.LOCK_UN)
+        fcntl.flock(fd, fcntl.LOCK_UN)  # a child forked this very moment may still have it open
         _lockables.discard(fd)
         os.close(fd)
 

@@ -65,9 +65,7 @@ class WrittenSplit:
     fingerprint: str
 
 
-def encode_sample(
-    position: int, image: NDArray[np.uint8], label: int, encoding: Encoding = "png"
-) -> EncodedSample:  # fmt: skip
+def encode_sample(position: int, image: NDArray[np.uint8], label: int, encoding: Encoding = "png") -> EncodedSample:
     """Encode an image [H, W, 3]; `position` is its place in the source and gives its key."""
     payload = codec.encode(image, encoding)
     return EncodedSample(f"{position:09d}", payload, label, sample_digest(image, label), codec.EXTENSIONS[encoding][0])

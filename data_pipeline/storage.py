@@ -2,7 +2,8 @@
 
 All protocols are fsspec's. Credentials, endpoints and proxies are not ours to keep: they come from the environment
 (`AWS_ACCESS_KEY_ID`, `AWS_PROFILE`, `GOOGLE_APPLICATION_CREDENTIALS`, ...) and from fsspec's configuration
-(`FSSPEC_S3_ENDPOINT_URL=http://...`, `FSSPEC_HTTPS='{"headers": {"Authorization": "Bearer ..."}}'`, ~/.config/fsspec).
+(`FSSPEC_S3_ENDPOINT_URL=http://...`, `FSSPEC_S3='{"anon": true}'` for a public bucket,
+`FSSPEC_HTTPS='{"headers": {"Authorization": "Bearer ..."}}'`, files in ~/.config/fsspec).
 """
 
 from __future__ import annotations

@@ -39,14 +39,14 @@ def verify(dataset: ShardDataset, *, num_processes: int = 1) -> list[str]:
         return _read_shard(dataset, numbers[file], range(*starts[numbers[file] :][:2]))
 
     def digests() -> Iterator[bytes]:
-        with progress_bar(total=len(dataset), unit="img", description="verify") as bar, WorkerPool(
-            check, min(num_processes, len(shards))
-        ) as pool:  # fmt: skip
+        with WorkerPool(check, min(num_processes, len(shards))) as pool, progress_bar(
+            total=len(dataset), unit="img", description="verify"
+        ) as bar:  # fmt: skip
             for shard, found in zip(shards, pool.map(numbers), strict=True):
                 bar.update(shard.num_samples)
                 what = [f"sha256 is {found.sha256}, expected {shard.sha256}"] if found.sha256 != shard.sha256 else []
                 if found.damaged:
-                    what.append(f"{len(found.damaged):,} of its {shard.num_samples:,} images are damaged:")
+                    what.append(f"{len(found.damaged):,} of {shard.num_samples:,} images damaged:")
                     what[-1] += _listed(found.damaged)
                 if what:
                     problems.append(f"{dataset.shard_place(numbers[shard.file])}: {'; '.join(what)}")

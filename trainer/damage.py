@@ -28,7 +28,7 @@ class DamageWatch:
             self._known.add(sample)
             if len(self._known) > self._max_damaged:
                 raise DataError(
-                    f"{what} It is the {len(self._known)}th damaged sample; data.max_damaged={self._max_damaged} may "
-                    "be replaced."
+                    f"{what} It is damaged sample number {len(self._known)} of this process, and "
+                    f"data.max_damaged={self._max_damaged} may be replaced."
                 )
             tqdm.write(f"warning: another sample takes the place of a damaged one. {what}", file=sys.stderr)

@@ -12,11 +12,12 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from types import TracebackType
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch.utils.data import DataLoader, Dataset
 
 from data_pipeline.errors import UserError
+from trainer.processes import GRACE_SECONDS
 from trainer.step_inputs import StepInputs
 
 
@@ -47,7 +48,7 @@ class WorkerSteps:
                 prefetch_factor=math.ceil(prefetch / num_workers), worker_init_fn=_leave_signals_to_the_parent,
                 multiprocessing_context="spawn",  # a fork would inherit the run's locks, sockets and device
             )  # fmt: skip
-            self._items: Iterator[StepInputs | UserError] | None = iter(loader)
+            self._items: Any = iter(loader)
 
     def __iter__(self) -> Iterator[StepInputs]:
         return self
@@ -71,7 +72,12 @@ class WorkerSteps:
 
     def close(self) -> None:
         """End the workers. May be called again."""
-        self._items = None  # DataLoader's iterator ends its workers when nothing holds it
+        items, self._items = self._items, None
+        if items is not None:
+            # DataLoader itself waits until nothing holds its iterator; the traceback of an error does.
+            items._shutdown_workers()
+            for worker in items._workers:
+                worker.kill()  # one that is stuck
 
     def __enter__(self) -> WorkerSteps:
         return self
@@ -99,5 +105,6 @@ class _Steps(Dataset[StepInputs | UserError]):
 
 def _leave_signals_to_the_parent(_: int) -> None:
     """A stop request reaches the whole group of processes; the parent still needs batches until it has saved."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(math.ceil(GRACE_SECONDS)))  # it has no longer than that

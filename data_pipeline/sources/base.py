@@ -25,7 +25,7 @@ class Split(Protocol):
     def __len__(self) -> int: ...
 
     def load(self, position: int) -> tuple[NDArray[np.uint8], int]:
-        """Image [S, S, 3] and label (-1: none) number `position`.
+        """Image [S, S, 3] and label (-1: none) number `position`; also in processes forked after the source was opened.
 
         Raises:
             UnreadableImageError: names the file and what is wrong with it.

@@ -55,7 +55,7 @@ class BatchSplit:
     """The images of several batches, one batch after the other."""
 
     def __init__(self, batches: list[Batch]) -> None:
-        self._batches = batches
+        self.batches = batches
         self._ends = np.cumsum([len(batch.labels) for batch in batches])
 
     def __len__(self) -> int:
@@ -63,7 +63,7 @@ class BatchSplit:
 
     def load(self, position: int) -> tuple[NDArray[np.uint8], int]:
         number = int(np.searchsorted(self._ends, position, side="right"))
-        batch = self._batches[number]
+        batch = self.batches[number]
         row = position - int(self._ends[number]) + len(batch.labels)
         planes = batch.data[row].reshape(3, batch.size, batch.size)  # [C, S, S]
         return np.ascontiguousarray(planes.transpose(1, 2, 0)), int(batch.labels[row])
@@ -236,9 +236,9 @@ def _mapped(path: Path, offset: int) -> NDArray[Any]:
             header = formats.read_array_header_1_0 if version == (1, 0) else formats.read_array_header_2_0
             shape, fortran_order, dtype = header(file)
             start = file.tell()
-        mapped = np.memmap(
-            path, dtype=dtype, mode="r", offset=start, shape=shape, order="F" if fortran_order else "C"
-        )  # refuses objects
+        if dtype.hasobject:
+            raise ValueError("Python objects")
+        mapped = np.memmap(path, dtype, mode="r", offset=start, shape=shape, order="F" if fortran_order else "C")
         return mapped.view(np.ndarray)
     except (ValueError, OSError) as error:
         raise DataError(f"{path} is damaged or holds no plain arrays ({error}): get it again.") from None

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 from collections.abc import Sequence
 
 import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.errors import DataError
+from data_pipeline.sources.hash_order import hash_order
 
 DEFAULT_HOLDOUT = 0.1
 
@@ -47,7 +47,6 @@ def held_out(names: Sequence[str], share: float, *, origin: str) -> NDArray[np.b
         num_test = max(num_test, 1)
     if num_test >= len(names):
         raise DataError(f"{origin} holds only {len(names)} images: too few to hold out {share:g} of all.")
-    hashes = [hashlib.sha256(name.encode("utf-8", "surrogateescape")).digest() for name in names]
     chosen = np.zeros(len(names), dtype=np.bool_)
-    chosen[sorted(range(len(names)), key=hashes.__getitem__)[:num_test]] = True
+    chosen[hash_order(names)[:num_test]] = True
     return chosen

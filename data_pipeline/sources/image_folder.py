@@ -16,8 +16,9 @@ from numpy.typing import NDArray
 from data_pipeline.errors import DataError
 from data_pipeline.index import NO_LABEL
 from data_pipeline.sources import holdout
-from data_pipeline.sources.archives import ARCHIVES, Members, archive_places
+from data_pipeline.sources.archives import ARCHIVES, Members, Place, archive_places
 from data_pipeline.sources.base import Collection, Source
+from data_pipeline.sources.hash_order import hash_order
 from data_pipeline.sources.originals import EXTENSIONS as EXTENSIONS
 from data_pipeline.sources.originals import LooseFiles, Originals, OriginalsSplit, enlargement_remarks, is_image
 from data_pipeline.sources.sizing import Sizing
@@ -32,12 +33,16 @@ class Pictures:
     path: Path
     flag: str  # which the user gave it with, for errors
 
+    @property
+    def _is_archive(self) -> bool:
+        return self.path.suffix.lower() in ARCHIVES and not self.path.is_dir()
+
     @cached_property
     def originals(self) -> Originals:
         """The images, found and listed."""
-        if self.path.suffix.lower() in ARCHIVES:
-            places = sorted(place for place in archive_places(self.path) if is_image(place.name))
-            found: Originals = Members.of([self.path], ((0, place) for place in places))
+        if self._is_archive:
+            places = _below_one_folder([place for place in archive_places(self.path) if is_image(place.name)])
+            found: Originals = Members.of([self.path], ((0, place) for place in sorted(places)))
         elif self.path.is_dir():
             found = LooseFiles(self.path, list_images(self.path))
         else:
@@ -47,11 +52,12 @@ class Pictures:
             raise DataError(f"{self.flag} {self.path} holds no images (files ending in {', '.join(EXTENSIONS)}).")
         return found
 
+    @cached_property
     def digest(self) -> str:
         """Hex sha256 of all names and sizes; of an archive, of its own name and size."""
         listing = hashlib.sha256()
-        archive = self.path.suffix.lower() in ARCHIVES and self.path.is_file()
-        root, names = (self.path.parent, [self.path.name]) if archive else (self.path, self.originals.names)
+        single = self._is_archive and self.path.is_file()
+        root, names = (self.path.parent, [self.path.name]) if single else (self.path, self.originals.names)
         for name in names:
             listing.update(f"{name}\0{os.stat(f'{root}/{name}').st_size}\n".encode("utf-8", "surrogateescape"))
         return listing.hexdigest()
@@ -78,6 +84,14 @@ class Pictures:
         if not mark:
             raise DataError(f'{self.flag} {self.path}: {name} has no "_", which --labels prefix needs after the class.')
         return prefix
+
+
+def _below_one_folder(places: list[Place]) -> list[Place]:
+    """Without the one folder that encloses all, where there is one: archives are often packed so."""
+    tops = {place.name.partition("/")[0] if "/" in place.name else "" for place in places}
+    if len(tops) != 1 or tops == {""}:
+        return places
+    return [place._replace(name=place.name.partition("/")[2]) for place in places]
 
 
 def list_images(folder: Path) -> list[str]:
@@ -127,9 +141,9 @@ class ImageFolder(Source):
         )  # fmt: skip
 
     def options(self) -> dict[str, str | int | float | bool]:
-        options = {"listing_sha256": self.train.digest(), **self.sizing.options(), "holdout": self.holdout}
+        options = {"listing_sha256": self.train.digest, **self.sizing.options(), "holdout": self.holdout}
         if self.test:
-            options["test_listing_sha256"] = self.test.digest()
+            options["test_listing_sha256"] = self.test.digest
         if self.labelling != "auto":
             options["labels"] = self.labelling
         return options
@@ -161,6 +175,8 @@ class ImageFolder(Source):
         self, pictures: Pictures, labels: NDArray[np.int64], rows: NDArray[np.int64] | None = None
     ) -> OriginalsSplit:
         rows = np.arange(len(labels)) if rows is None else rows
+        if NO_LABEL not in labels:
+            rows = rows[hash_order([pictures.originals.names[row] for row in rows.tolist()])]
         return OriginalsSplit(pictures.originals, rows, labels[rows], self.sizing)
 
 

@@ -1,7 +1,8 @@
 """ImageNet (ILSVRC2012, Russakovsky et al. 2015) from its official archives, read where they lie, or from folders.
 
-A class's number is the rank of its WordNet id among the sorted 1,000, as everywhere in the field. Photos come sorted
-by class and file name, so archives and folders give the same data set. EXIF rotation is not applied: it never was in
+A class's number is the rank of its WordNet id among the sorted 1,000, as everywhere in the field. The order hangs on
+the photos' names alone (training: classes mixed, see hash_order.py; validation: by name), so archives and folders give
+the same data set. EXIF rotation is not applied: it never was in
 published work on ImageNet, and its reference statistics are of the photos as stored.
 """
 
@@ -11,6 +12,7 @@ import argparse
 import hashlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -19,17 +21,19 @@ from data_pipeline.errors import DataError
 from data_pipeline.progress import say
 from data_pipeline.sources.archives import Members, Place, archive_places, scanned, tar_places
 from data_pipeline.sources.base import Collection, Source
+from data_pipeline.sources.hash_order import hash_order
 from data_pipeline.sources.image_folder import list_images
 from data_pipeline.sources.imagenet_labels import WNID, ValidationLabels, read_labels
 from data_pipeline.sources.originals import LooseFiles, Originals, OriginalsSplit, enlargement_remarks, is_image
 from data_pipeline.sources.sizing import Sizing
 
 NUM_CLASSES = 1000
-TRAIN_PLACES = ("ILSVRC2012_img_train.tar", "train", "ILSVRC2012_img_train", "Data/CLS-LOC/train")
-VAL_PLACES = ("ILSVRC2012_img_val.tar", "val", "ILSVRC2012_img_val", "Data/CLS-LOC/val")
-LABEL_PLACES = ("ILSVRC2012_devkit_t12.tar.gz", "ILSVRC2012_devkit_t12", "LOC_val_solution.csv", "val.txt")
+NUM_PHOTOS = {"train": 1_281_167, "test": 50_000}
+TRAIN_PLACES = ("ILSVRC2012_img_train.tar", "train", "ILSVRC2012_img_train", "ILSVRC/Data/CLS-LOC/train")
+VAL_PLACES = ("ILSVRC2012_img_val.tar", "val", "ILSVRC2012_img_val", "ILSVRC/Data/CLS-LOC/val")
+LABEL_PLACES = ("ILSVRC2012_devkit_t12.tar.gz", "ILSVRC2012_devkit_t12", "LOC_val_solution.csv")
 
-Photos = tuple[Originals, list[str]]  # sorted by class and name; the WordNet id of each
+Photos = tuple[Originals, list[str]]  # sorted by name; the WordNet id of each
 
 
 @dataclass(frozen=True)
@@ -75,30 +79,28 @@ class ImageNet(Source):
         )
 
     def options(self) -> dict[str, str | int | float | bool]:
-        options: dict[str, str | int | float | bool] = {
-            "train": _identity(self.train), "val": _identity(self.val), **self.sizing.options(),
-        }  # fmt: skip
-        if self.devkit:
-            options["devkit"] = _identity(self.devkit)
-        return options
+        return {**self._identities, **self.sizing.options()}
+
+    @cached_property
+    def _identities(self) -> dict[str, str]:
+        paths = {"train": self.train, "val": self.val, "devkit": self.devkit}
+        return {name: _identity(path) for name, path in paths.items() if path}
 
     def split_names(self) -> list[str]:
         return ["train", "test"]
 
     def open(self, workspace: Path) -> Collection:
-        labels = read_labels(self.devkit) if self.devkit else None
-        photos = {"train": _train_photos(self.train), "test": _val_photos(self.val, labels)}
-        words = labels.words if labels else {}
+        kit = read_labels(self.devkit) if self.devkit else None
+        photos = {"train": _train_photos(self.train), "test": _val_photos(self.val, kit)}
+        words = kit.words if kit else {}
         wnids = sorted(set(words).union(*(classes for _, classes in photos.values())))
         _warn_of_missing(wnids, photos)
         numbers = {wnid: number for number, wnid in enumerate(wnids)}
-        splits = {
-            name: OriginalsSplit(
-                originals, np.arange(len(classes)), np.array([numbers[wnid] for wnid in classes], dtype=np.int64),
-                self.sizing, upright=False,
-            )
-            for name, (originals, classes) in photos.items()
-        }  # fmt: skip
+        splits = {}
+        for name, (originals, classes) in photos.items():
+            in_order = np.arange(len(classes)) if name == "test" else hash_order(map(_file_name, originals.names))
+            labels = np.array([numbers[wnid] for wnid in classes], dtype=np.int64)
+            splits[name] = OriginalsSplit(originals, in_order, labels[in_order], self.sizing, upright=False)
         return Collection(
             image_size=self.sizing.size,
             class_names=[f"{wnid} {words[wnid]}" if wnid in words else wnid for wnid in wnids],
@@ -133,9 +135,12 @@ def _identity(path: Path) -> str:
 
 def _warn_of_missing(wnids: list[str], photos: dict[str, Photos]) -> None:
     for name, (_, classes) in photos.items():
-        found = len(set(classes))
-        if found != NUM_CLASSES:
-            say(f"warning: {name} has photos of {found:,} classes, ImageNet has {NUM_CLASSES:,}")
+        found = len(classes), len(set(classes))
+        if found != (NUM_PHOTOS[name], NUM_CLASSES):
+            say(
+                f"warning: {name} has {found[0]:,} photos of {found[1]:,} classes, ImageNet has "
+                f"{NUM_PHOTOS[name]:,} of {NUM_CLASSES:,}"
+            )
     if len(wnids) != NUM_CLASSES:
         say(f"warning: classes are numbered 0 to {len(wnids) - 1} among those found, not as in all of ImageNet")
 
@@ -207,7 +212,7 @@ def _val_class(name: str, labels: ValidationLabels | None, path: Path) -> str:
 
 
 def _members(paths: list[Path], found: Iterator[tuple[int, str, Place]], origin: str) -> Photos:
-    rows = sorted((row for row in found if is_image(row[2].name)), key=lambda row: (row[1], _file_name(row[2].name)))
+    rows = sorted((row for row in found if is_image(row[2].name)), key=lambda row: _file_name(row[2].name))
     if not rows:
         raise DataError(f"{origin} holds no photos.")
     return Members.of(paths, ((number, place) for number, _, place in rows)), [wnid for _, wnid, _ in rows]
@@ -228,7 +233,7 @@ def _class_folders(path: Path, flag: str) -> Photos:
 def _sorted_files(path: Path, names: list[str], classes: list[str], flag: str) -> Photos:
     if not names:
         raise DataError(f"{flag} {path} holds no photos.")
-    rows = sorted(zip(classes, names, strict=True), key=lambda row: (row[0], _file_name(row[1])))
+    rows = sorted(zip(classes, names, strict=True), key=lambda row: _file_name(row[1]))
     return LooseFiles(path, [name for _, name in rows]), [wnid for wnid, _ in rows]
 
 

@@ -33,8 +33,20 @@ EXTENSIONS = (
 # What those files may hold, whatever their names say. Not EPS, for which Pillow would start another program.
 _FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "DIB", "TIFF", "PPM", "JPEG2000", "AVIF", "QOI", "MPO")
 _NPY = b"\x93NUMPY"
+_JPEG_SCAN, _JPEG_END = b"\xff\xda", b"\xff\xd9"  # marks that the data of a scan never look like
 _ZERO_TAIL = 64  # bytes
-_DAMAGE = (OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, Image.DecompressionBombError)
+_MORE_DATA = b"\x5a\xa5" * 64
+_FILLING = (128, (128, 128, 128))  # a pixel that no data came for
+_DAMAGE = (
+    OSError,
+    ValueError,
+    SyntaxError,
+    EOFError,
+    RuntimeError,
+    struct.error,
+    zlib.error,
+    Image.DecompressionBombError,
+)
 
 
 def is_image(name: str) -> bool:
@@ -120,8 +132,8 @@ def open_original(payload: bytes, *, upright: bool = True) -> Image.Image:
     """The bytes of an image file (or of a NumPy array of uint8) as an RGB image.
 
     Raises:
-        OSError, ValueError, SyntaxError, EOFError, struct.error, zlib.error, DecompressionBombError: they are damaged,
-            truncated, of no known format, or more than Pillow's limit of 179 million pixels.
+        OSError, ValueError, SyntaxError, EOFError, RuntimeError, struct.error, zlib.error, DecompressionBombError: they
+            are damaged, truncated, of no known format, or more than Pillow's limit of 179 million pixels.
     """
     if not payload:
         raise ValueError("the file is empty")
@@ -132,18 +144,33 @@ def open_original(payload: bytes, *, upright: bool = True) -> Image.Image:
         try:
             with Image.open(io.BytesIO(payload), formats=_formats()) as image:
                 rgb = to_rgb(image, upright=upright)
-                if image.format in ("JPEG", "MPO"):
-                    _check_jpeg_end(payload)
+                _check_jpeg_end(image, payload)
                 return rgb
         except Image.UnidentifiedImageError:
             raise ValueError(f"no image file of a known kind ({len(payload):,} bytes)") from None
 
 
-def _check_jpeg_end(payload: bytes) -> None:
-    """Refuse a JPEG whose end was never written (a copy that broke off and left zeros): libjpeg makes up the rest."""
-    scan, end = payload.rfind(b"\xff\xda"), payload.rfind(b"\xff\xd9")  # markers: scans' bytes never look like them
-    if end < scan and not any(payload[-_ZERO_TAIL:]):
+def _check_jpeg_end(image: Image.Image, payload: bytes) -> None:
+    """Refuse a JPEG whose lower part is made up: libjpeg says nothing of it where a cut file was closed again.
+
+    That is, where zeros fill it up to its old length, or an end mark follows the cut. (Of a progressive one, which
+    draws the whole picture in growing detail, the latter is seen only in its first round.)
+    """
+    if image.format not in ("JPEG", "MPO"):
+        return
+    end = payload.rfind(_JPEG_END)
+    if end < payload.rfind(_JPEG_SCAN) and not any(payload[-_ZERO_TAIL:]):
         raise ValueError("the file breaks off: its last part is zeros")
+    if image.getpixel((image.width - 1, image.height - 1)) not in _FILLING:
+        return
+    # More data before the end mark is passed over where the picture is complete, and drawn where it was cut.
+    try:
+        with Image.open(io.BytesIO(payload[:end] + _MORE_DATA + payload[end:]), formats=["JPEG"]) as again:
+            complete = again.tobytes() == image.tobytes()
+    except OSError:
+        complete = False
+    if not complete:
+        raise ValueError("the file was cut and closed again: its lower part is missing")
 
 
 @lru_cache

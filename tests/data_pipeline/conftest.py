@@ -28,6 +28,14 @@ def prepared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
+@pytest.fixture(scope="session")
+def small_npy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same images, stored raw. Read only."""
+    out = tmp_path_factory.mktemp("data") / "raw"
+    prepare(SMALL, out, shard_mb=0.06, encoding="npy")
+    return out
+
+
 @pytest.fixture
 def own_copy(prepared: Path, tmp_path: Path) -> Path:
     """A copy that the test may damage."""

@@ -1,4 +1,4 @@
-"""Real servers on loopback that misbehave on request: HTTP of our own, S3 by moto, and a proxy that cuts connections."""
+"""Real servers on loopback that misbehave on request: HTTP of our own, S3 by moto, a proxy that cuts connections."""
 
 from __future__ import annotations
 

@@ -70,13 +70,20 @@ def test_pngs_of_other_writers_are_left_to_pillow() -> None:
 
 
 def test_damage_in_our_own_png_is_found() -> None:
-    stored = png.encode(noise(8, 8))
-    rows = png.empty_rows(1, 8, 8)
-    for at in range(43, len(stored) - 16):  # every byte of the compressed rows
+    stored = png.encode(noise(8, 8) // 64)
+    rows, intact = png.empty_rows(2, 8, 8)
+    assert png.inflate(stored, intact)
+    found = 0
+    for at in range(41, len(stored) - 16):  # every byte of the compressed rows
         broken = bytearray(stored)
         broken[at] ^= 0x10
-        with pytest.raises(ValueError, match="."):
-            png.inflate(bytes(broken), rows[0])
+        try:
+            png.inflate(bytes(broken), rows)
+        except ValueError:
+            found += 1
+        else:
+            np.testing.assert_array_equal(rows, intact)  # a bit without meaning
+    assert found > len(stored) - 60
 
 
 @pytest.mark.parametrize("rows", [7, 9])
@@ -113,12 +120,10 @@ def test_what_others_stored_is_recognised() -> None:
             np.testing.assert_array_equal(found, image)
 
 
-@pytest.mark.parametrize(
-    "array", [np.zeros((3, 8, 8), np.float32), np.zeros((8, 8), np.uint8), np.zeros((4, 8, 8), np.uint8)]
-)
-def test_arrays_that_are_no_images_are_refused(array: NDArray[np.uint8]) -> None:
+@pytest.mark.parametrize(("shape", "dtype"), [((3, 8, 8), np.float32), ((8, 8), np.uint8), ((4, 8, 8), np.uint8)])
+def test_arrays_that_are_no_images_are_refused(shape: tuple[int, ...], dtype: type) -> None:
     buffer = io.BytesIO()
-    np.save(buffer, array)
+    np.save(buffer, np.zeros(shape, dtype))
     with pytest.raises(ValueError, match="expected uint8"):
         codec.decode(buffer.getvalue(), "any")
 

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
+import hashlib
+import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +17,8 @@ from data_pipeline.dataset import ShardDataset
 from data_pipeline.errors import DataError
 from data_pipeline.manifest import Manifest
 from data_pipeline.prepare import main
-from data_pipeline.resize import centre_crop, to_rgb
+from data_pipeline.resize import centre_crop
+from data_pipeline.sources.image_folder import ImageFolder
 
 
 def plain(colour: tuple[int, int, int], width: int = 12, height: int = 10) -> Image.Image:
@@ -84,10 +89,12 @@ def test_unreadable_images_are_listed_and_keys_stay(classes: Path, tmp_path: Pat
     (classes / "cat/5.png").write_text("not an image")
     run(classes, tmp_path / "out", "--holdout", "0")
     listed = (tmp_path / "out/unreadable.txt").read_text().splitlines()
-    assert [line.partition(":")[0] for line in listed] == ["cat/3.png", "cat/5.png"]
+    assert {line.partition(":")[0] for line in listed} == {"cat/3.png", "cat/5.png"}
+    names = [f"{name}/{number}.png" for name in ("cat", "dog") for number in range(10)]
+    order = sorted(names, key=lambda name: hashlib.sha256(name.encode()).digest())
     data = ShardDataset(tmp_path / "out/train")
     assert len(data) == 18
-    assert [int(key) for key in data.index.key] == [n for n in range(20) if n not in (3, 5)]
+    assert [order[int(key)] for key in data.index.key] == [n for n in order if n not in ("cat/3.png", "cat/5.png")]
 
 
 def test_nothing_to_prepare_is_told(tmp_path: Path) -> None:
@@ -99,7 +106,7 @@ def test_nothing_to_prepare_is_told(tmp_path: Path) -> None:
         run(tmp_path / "absent", tmp_path / "out")
     (tmp_path / "empty/a.png").write_text("not an image")
     with pytest.raises(
-        DataError, match=r"none of the 1 images of train can be read; the first: a.png: cannot identify"
+        DataError, match=r"none of the 1 images of train can be read; the first: a.png: no image file of a known kind"
     ):
         run(tmp_path / "empty", tmp_path / "out", "--holdout", "0")
     assert not (tmp_path / "out").exists()
@@ -131,17 +138,98 @@ def test_crop_is_central_and_halving_averages() -> None:
     assert np.abs(centre_crop(Image.fromarray(fine), 16) - means).max() <= 1.0
 
 
-def test_kinds_of_files_become_rgb(tmp_path: Path) -> None:
-    grey16 = Image.fromarray(np.array([[0, 257, 65535]], dtype=np.uint16))
-    assert np.asarray(to_rgb(grey16))[0, :, 0].tolist() == [0, 1, 255]
-    clear = Image.new("RGBA", (2, 1), (255, 0, 0, 0))
-    clear.putpixel((1, 0), (255, 0, 0, 255))
-    assert np.asarray(to_rgb(clear)).tolist() == [[[255, 255, 255], [255, 0, 0]]]
-    upright = plain((1, 2, 3), 12, 10)
-    exif = upright.getexif()
-    exif[0x0112] = 6  # turned by 90 degrees
-    upright.save(tmp_path / "turned.jpg", exif=exif)
-    with Image.open(tmp_path / "turned.jpg") as turned:
-        assert to_rgb(turned).size == (10, 12)
-    for mode in ("1", "L", "P", "CMYK"):
-        assert to_rgb(Image.new(mode, (3, 3))).mode == "RGB"
+def pack(folder: Path, archive: Path) -> None:
+    """The folder's files in an archive of the kind that its name says; in a zip, below one folder, most compressed."""
+    files = sorted((path for path in folder.rglob("*") if path.is_file()), reverse=True)
+    if archive.suffix == ".tar":
+        with tarfile.open(archive, "w") as tar:
+            for path in files:
+                tar.add(path, f"./{path.relative_to(folder)}")
+        return
+    with zipfile.ZipFile(archive, "w") as packed:
+        for number, path in enumerate(files):
+            packed.write(path, path.relative_to(folder.parent), zipfile.ZIP_DEFLATED if number else zipfile.ZIP_STORED)
+
+
+def all_images(folder: Path, *options: str) -> list[tuple[str, list[tuple[list[int], int]]]]:
+    parser = argparse.ArgumentParser()
+    ImageFolder.add_arguments(parser)
+    arguments = parser.parse_args(["--from", str(folder), "--size", "8", *options])
+    splits = ImageFolder.from_arguments(arguments).open(folder).splits
+    return [
+        (name, [(image[0, 0].tolist(), label) for image, label in map(split.load, range(len(split)))])
+        for name, split in splits.items()
+    ]
+
+
+@pytest.mark.parametrize("kind", ["tar", "zip"])
+def test_archives_give_what_their_folder_gives(classes: Path, tmp_path: Path, kind: str) -> None:
+    (classes / ".hidden").mkdir()
+    (classes / ".hidden/a.png").write_text("not an image")
+    (classes / "notes.txt").write_text("not an image")
+    archive = tmp_path / f"animals.{kind}"
+    pack(classes, archive)
+    assert all_images(archive) == all_images(classes)
+    assert all_images(archive, "--labels", "none") == all_images(classes, "--labels", "none")
+    whole = archive.read_bytes()
+    archive.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(DataError, match=rf"animals.{kind} is (cut short|damaged|no plain tar archive, or damaged)"):
+        all_images(archive)
+
+
+def test_archive_of_a_flat_folder_is_unlabelled(tmp_path: Path) -> None:
+    """Such as the unlabelled 64-pixel ImageNet of van den Oord et al. 2016, train_64x64.tar."""
+    (tmp_path / "train_64x64").mkdir()
+    for number in range(3):
+        plain((number, 0, 0), 8, 8).save(tmp_path / f"train_64x64/{number}.png")
+    with tarfile.open(tmp_path / "train_64x64.tar", "w") as tar:
+        tar.add(tmp_path / "train_64x64", "train_64x64")
+    [(_, images)] = all_images(tmp_path / "train_64x64.tar", "--holdout", "0", "--resize", "none")
+    assert images == [([number, 0, 0], -1) for number in range(3)]
+
+
+def test_labels_by_prefix(tmp_path: Path) -> None:
+    (tmp_path / "deep/er").mkdir(parents=True)
+    for name, red in (("deep/truck_1.png", 200), ("deep/er/cat_7_b.png", 10), ("truck_22.png", 201)):
+        plain((red, 0, 0)).save(tmp_path / name)
+    [(_, images)] = all_images(tmp_path, "--labels", "prefix", "--holdout", "0")
+    assert sorted((colour[0], label) for colour, label in images) == [(10, 0), (200, 1), (201, 1)]
+    plain((0, 0, 0)).save(tmp_path / "nameless.png")
+    with pytest.raises(DataError, match=r'nameless.png has no "_"'):
+        all_images(tmp_path, "--labels", "prefix")
+    with pytest.raises(DataError, match="mixes images in class folders"):
+        all_images(tmp_path, "--labels", "folder")
+    assert {label for _, images in all_images(tmp_path, "--labels", "none") for _, label in images} == {-1}
+
+
+def test_own_test_folder(classes: Path, tmp_path: Path) -> None:
+    (tmp_path / "held/dog").mkdir(parents=True)
+    plain((5, 6, 7)).save(tmp_path / "held/dog/1.png")
+    splits = dict(all_images(classes, "--test", str(tmp_path / "held")))
+    assert len(splits["train"]) == 20
+    assert splits["test"] == [([5, 6, 7], 1)]
+    (tmp_path / "held/dog").rename(tmp_path / "held/wolf")
+    with pytest.raises(DataError, match="class wolf does not occur among the training images"):
+        all_images(classes, "--test", str(tmp_path / "held"))
+    with pytest.raises(DataError, match="give one of the two"):
+        all_images(classes, "--test", str(tmp_path / "held"), "--holdout", "0.1")
+    (tmp_path / "held/wolf/1.png").rename(tmp_path / "held/1.png")
+    with pytest.raises(DataError, match="has no class folders, the training images have them"):
+        all_images(classes, "--test", str(tmp_path / "held"))
+
+
+def test_classes_are_mixed_over_the_shards(tmp_path: Path) -> None:
+    """One class after the other would leave the shuffle of the stream with few of them at a time."""
+    for name in ("a", "b"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+        for number in range(40):
+            plain((1, 2, 3), 8, 8).save(tmp_path / "in" / name / f"{number}.png")
+    [(_, images)] = all_images(tmp_path / "in", "--holdout", "0")
+    assert 10 <= sum(label for _, label in images[:40]) <= 30
+
+
+def test_resize_method_is_recorded(classes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run(classes, tmp_path / "out", "--resize", "area")
+    assert Manifest.load(tmp_path / "out/train").preprocessing == "area-squeeze"
+    with pytest.raises(DataError, match=r"already holds other data: .*'resize': 'area'"):
+        run(classes, tmp_path / "out")

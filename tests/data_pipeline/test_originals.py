@@ -30,7 +30,7 @@ def photo(size: tuple[int, int] = (64, 48)) -> Image.Image:
 
 def encoded(image: Image.Image, kind: str, **options: object) -> bytes:
     buffer = io.BytesIO()
-    image.save(buffer, format=kind, **options)  # type: ignore[arg-type]
+    image.save(buffer, format=kind, **options)
     return buffer.getvalue()
 
 
@@ -149,10 +149,40 @@ def test_truncated_jpeg_is_refused(tmp_path: Path, progressive: bool, share: flo
     whole = encoded(photo((256, 256)), "JPEG", quality=95, progressive=progressive)
     kept = int(share * len(whole))
     assert load(tmp_path, whole).shape == (8, 8, 3)
-    with pytest.raises(UnreadableImageError, match=r"a.img: .*(truncated|broken|no image file)"):
-        load(tmp_path, whole[:kept])
-    with pytest.raises(UnreadableImageError, match=r"a.img: .*(breaks off|truncated|broken|no image file)"):
-        load(tmp_path, whole[:kept] + bytes(len(whole) - kept))  # a copy that broke off; libjpeg says nothing
+    for rest in (b"", bytes(len(whole) - kept)):  # cut, or a copy that broke off and left zeros
+        with pytest.raises(UnreadableImageError, match=r"a.img: .*(truncated|no image file)"):
+            load(tmp_path, whole[:kept] + rest)
+
+
+def test_copy_that_broke_off_and_left_zeros_is_refused(tmp_path: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (256, 256, 3), dtype=np.uint8)
+    whole = encoded(Image.fromarray(noise), "JPEG", quality=95)
+    broken = whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2)
+    with Image.open(io.BytesIO(broken)) as image:
+        image.load()  # in dense pictures the zeros last to the end, and Pillow alone sees nothing
+    with pytest.raises(UnreadableImageError, match=r"a.img: the file breaks off: its last part is zeros"):
+        load(tmp_path, broken)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L"])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_cut_jpeg_that_was_closed_again_is_no_half_grey_picture(tmp_path: Path, mode: str, share: float) -> None:
+    whole = encoded(photo((250, 230)).convert(mode), "JPEG", quality=95)
+    closed = whole[: int(share * len(whole))] + b"\xff\xd9"
+    with Image.open(io.BytesIO(closed)) as image:  # Pillow alone sees nothing
+        assert np.asarray(image.convert("RGB"))[-1, -1].tolist() == [128, 128, 128]
+    with pytest.raises(UnreadableImageError, match=r"a.img: the file was cut and closed again"):
+        load(tmp_path, closed)
+
+
+@pytest.mark.parametrize("subsampling", [0, 2])
+@pytest.mark.parametrize("quality", [30, 75, 95])
+@pytest.mark.parametrize("size", [(64, 48), (61, 47), (16, 16), (9, 200)])
+def test_grey_corner_alone_is_no_damage(quality: int, subsampling: int, size: tuple[int, int]) -> None:
+    for image in (photo(size), Image.new("RGB", size, (128, 128, 128))):
+        image.paste((128, 128, 128), (size[0] // 2, size[1] // 2, *size))
+        payload = encoded(image, "JPEG", quality=quality, subsampling=subsampling)
+        assert pixels(payload).shape == (size[1], size[0], 3)
 
 
 def test_complete_jpeg_with_a_tail_is_read(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from data_pipeline import prepare as prepare_module
 from data_pipeline.dataset import ShardDataset
@@ -59,6 +60,8 @@ def test_other_data_in_the_way_is_kept(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"already holds other data.*'seed': 0.*asked for.*'seed': 1"):
         main(["generated", "--out", str(tmp_path / "out"), *SMALL, "--seed", "1"])
     ShardDataset(tmp_path / "out/train")
+    with pytest.raises(DataError, match=r"already holds other data.* as png, asked for .* as npy"):
+        main(["generated", "--out", str(tmp_path / "out"), *SMALL, "--encoding", "npy"])
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/letter.txt").write_text("dear")
     with pytest.raises(DataError, match=r"not empty and holds no prepared data"):
@@ -66,6 +69,18 @@ def test_other_data_in_the_way_is_kept(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"is a file"):
         main(["generated", "--out", str(tmp_path / "mine/letter.txt"), *SMALL])
     assert (tmp_path / "mine/letter.txt").read_text() == "dear"
+
+
+def test_what_the_workers_noticed_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "originals").mkdir()
+    for number in range(6):
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(tmp_path / f"originals/{number}.png")
+    monkeypatch.setattr(prepare_module, "_PIECE_IMAGES", 2)
+    given = ["--from", str(tmp_path / "originals"), "--size", "16", "--holdout", "0", "--num-processes", "3"]
+    main(["folder", "--out", str(tmp_path / "out"), *given])
+    assert "train: 6 of the originals that were read are smaller than 16 pixels" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("lost", ["train/shard-000000.tar", "test/manifest.json"])
@@ -77,33 +92,47 @@ def test_damaged_data_is_named(tmp_path: Path, lost: str) -> None:
         main(arguments)
 
 
-def test_kill_9_leaves_nothing_in_place_and_the_next_run_cleans_up(tmp_path: Path) -> None:
+def test_what_another_command_left_is_removed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "out"
     process = start_endless(out)
     process.kill()
-    process.communicate()
+    process.communicate()  # its workers hold the other end of this pipe: so they are gone
     assert not out.exists()
     assert entries(tmp_path)
     assert main(["generated", "--out", str(out), *SMALL]) == 0
+    assert "the unfinished result of another command: removed" in capsys.readouterr().out
     assert entries(tmp_path) == ["out"]
     assert len(ShardDataset(out / "train")) == 30
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_asked_to_stop_it_leaves_no_trace(tmp_path: Path, number: signal.Signals) -> None:
+def test_asked_to_stop_it_keeps_what_is_complete(tmp_path: Path, number: signal.Signals) -> None:
     process = start_endless(tmp_path / "out")
     process.send_signal(number)
     _, told = process.communicate(timeout=30)
     assert process.returncode == 130
     assert told.endswith("error: interrupted.\n")
     assert "Traceback" not in told
-    assert entries(tmp_path) == []
+    assert entries(tmp_path) == [".out.preparing"]
+    assert entries(tmp_path / ".out.preparing") == ["journal", "request", "result"]
+    assert not list(tmp_path.rglob("*.part"))
 
 
 def test_two_at_once_are_kept_apart(tmp_path: Path) -> None:
     with workspace(tmp_path / "out"), pytest.raises(DataError, match=r"another process is preparing .*out right now"):
         main(["generated", "--out", str(tmp_path / "out"), *SMALL])
     assert entries(tmp_path) == []
+
+
+def test_what_appears_meanwhile_is_kept(tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    with workspace(out) as work:
+        (work.result / "ours").touch()
+        out.mkdir()
+        (out / "theirs").touch()
+        with pytest.raises(DataError, match=r"out has appeared while it was being prepared"):
+            work.publish()
+    assert entries(out) == ["theirs"]
 
 
 def test_lock_that_was_just_removed_is_taken_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,18 +168,15 @@ def test_full_disk_is_told_and_leaves_nothing(
     assert entries(tmp_path) == []
 
 
-def test_failure_after_writing_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def fail(*_: object) -> None:
-        raise RuntimeError("late")
-
-    monkeypatch.setattr(prepare_module.Manifest, "save", fail)
-    with pytest.raises(RuntimeError, match="late"):
-        main(["generated", "--out", str(tmp_path / "out"), *SMALL])
-    assert entries(tmp_path) == []
-
-
 @pytest.mark.parametrize(
-    ("option", "value", "least"), [("--size", "2", 4), ("--num-train", "0", 1), ("--num-classes", "-1", 0)]
+    ("option", "value", "least"),
+    [
+        ("--size", "2", 4),
+        ("--num-train", "0", 1),
+        ("--num-classes", "-1", 0),
+        ("--num-processes", "0", 1),
+        ("--max-unreadable", "-1", 0),
+    ],
 )
 def test_impossible_options_are_refused(tmp_path: Path, option: str, value: str, least: int) -> None:
     with pytest.raises(DataError, match=f"{option} is {value}; it must be at least {least}"):

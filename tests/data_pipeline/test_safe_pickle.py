@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import DataError
-from data_pipeline.safe_pickle import load_pickle
+from data_pipeline.safe_pickle import load_pickle, map_pickle
 
 
 class Malicious:
@@ -69,3 +70,57 @@ def test_damaged_pickle_is_told() -> None:
     for damaged in (content[:60], b"", b"<html>not found</html>", content.replace(b"data", b"d\xff\xfe")[:-20]):
         with pytest.raises(DataError, match="test is damaged or no pickle"):
             load_pickle(damaged, where="test")
+
+
+@pytest.mark.parametrize("protocol", range(5))
+def test_mapped_is_what_is_loaded(tmp_path: Path, protocol: int) -> None:
+    large = np.random.default_rng(0).integers(0, 256, (1100, 1000), dtype=np.uint8)
+    value = {"data": large, "turned": large.T, "mean": np.arange(3.0), "labels": [1, 2], "blob": bytes(2 << 20)}
+    (tmp_path / "batch").write_bytes(pickle.dumps(value, protocol))
+    found = map_pickle(tmp_path / "batch")
+    assert found.keys() == value.keys()
+    for name in ("data", "turned", "mean"):
+        np.testing.assert_array_equal(found[name], value[name])
+        assert found[name].dtype == value[name].dtype
+    assert (found["labels"], found["blob"]) == (value["labels"], value["blob"])
+    mapped = isinstance(getattr(found["data"].base, "base", None), np.memmap) or isinstance(
+        found["data"].base, np.memmap
+    )
+    assert mapped == (protocol >= 3)  # earlier ones write bytes as text
+    assert not (mapped and found["data"].flags.writeable)
+
+
+def test_mapped_python_2_pickle(tmp_path: Path) -> None:
+    """Python 2 wrote the bytes of an array as a string."""
+    large = np.random.default_rng(0).integers(0, 256, (2, 1 << 20), dtype=np.uint8)
+    content = pickle.dumps({"data": large}, 3)
+    size = struct.pack("<I", large.size)
+    at = content.index(b"B" + size + large[0, :16].tobytes())
+    (tmp_path / "batch").write_bytes(b"\x80\x02" + content[2:at] + b"T" + content[at + 1 :])
+    np.testing.assert_array_equal(map_pickle(tmp_path / "batch")["data"], large)
+
+
+@pytest.mark.parametrize("protocol", range(6))
+def test_mapping_executes_nothing(tmp_path: Path, protocol: int) -> None:
+    trace = tmp_path / "trace"
+    (tmp_path / "batch").write_bytes(pickle.dumps({"data": Malicious(f"touch {trace}")}, protocol))
+    with pytest.raises(DataError, match=r"batch asks for (posix|nt).system.*refused"):
+        map_pickle(tmp_path / "batch")
+    assert not trace.exists()
+
+
+def test_mapped_stretch_cannot_be_turned_to_another_file(tmp_path: Path) -> None:
+    """A pickle may set the state of any object in it."""
+    long = b"B" + struct.pack("<I", 1 << 20) + bytes(1 << 20)
+    for state in (b"}X\x04\0\0\0pathX\x0b\0\0\0/etc/passwds", b"N}X\x04\0\0\0pathX\x0b\0\0\0/etc/passwds\x86"):
+        (tmp_path / "batch").write_bytes(b"\x80\x03" + long + state + b"b.")
+        with pytest.raises(DataError, match="batch is damaged or no pickle of plain data"):
+            map_pickle(tmp_path / "batch")
+
+
+def test_mapped_pickle_that_was_cut_is_told(tmp_path: Path) -> None:
+    content = pickle.dumps({"data": np.zeros((2 << 20,), np.uint8)}, 3)
+    for kept in (40, 1 << 20, len(content) - 10):
+        (tmp_path / "batch").write_bytes(content[:kept])
+        with pytest.raises(DataError, match="batch is damaged or no pickle"):
+            map_pickle(tmp_path / "batch")

@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-import filecmp
 import io
 import tarfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 import webdataset
 from PIL import Image
+from trees import same_tree
 
 from data_pipeline.dataset import ShardDataset
 from data_pipeline.errors import DataError
 from data_pipeline.index import Index, scan_shard
 from data_pipeline.manifest import Manifest
 from data_pipeline.prepare import prepare
-from data_pipeline.shards import encode_sample, write_shards
+from data_pipeline.shards import EncodedSample, encode_sample, write_shards, written_shards
 from data_pipeline.sources.generated import Generated
-
-
-def same_tree(first: Path, second: Path) -> bool:
-    compared = filecmp.dircmp(first, second)
-    names = compared.common_files
-    return (
-        not (compared.left_only or compared.right_only)
-        and filecmp.cmpfiles(first, second, names, shallow=False)[0] == names
-        and all(same_tree(first / name, second / name) for name in compared.common_dirs)
-    )
 
 
 def test_same_input_same_bytes(small_source: Generated, prepared: Path, tmp_path: Path) -> None:
@@ -53,6 +44,18 @@ def test_webdataset_reads_the_same_samples(dataset: ShardDataset) -> None:
         np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(sample["png"]))), image.transpose(1, 2, 0))
 
 
+def test_webdataset_reads_raw_images_too(small_npy: Path, prepared: Path) -> None:
+    raw, png = ShardDataset(small_npy / "train"), ShardDataset(prepared / "train")
+    assert raw.manifest.encoding == "npy"
+    assert raw.manifest.fingerprint == png.manifest.fingerprint
+    images, labels = raw.read(np.arange(len(raw)))
+    np.testing.assert_array_equal(images, png.read(np.arange(len(png)))[0])
+    urls = [raw.shard_place(number) for number in range(len(raw.manifest.shards))]
+    found = list(webdataset.WebDataset(urls, shardshuffle=False, empty_check=False).decode())
+    np.testing.assert_array_equal(np.stack([sample["npy"] for sample in found]), images)
+    assert [sample["cls"] for sample in found] == labels.tolist()
+
+
 def test_every_split_is_labelled_evenly_and_no_image_is_in_both(prepared: Path) -> None:
     train, test = ShardDataset(prepared / "train"), ShardDataset(prepared / "test")
     assert np.bincount(train.index.label).tolist() == [68, 68, 67]
@@ -75,6 +78,22 @@ def test_shards_are_near_the_wanted_size(tmp_path: Path) -> None:
     sizes = [shard.num_bytes for shard in written.shards]
     assert sum(shard.num_samples for shard in written.shards) == 60
     assert all(40_000 <= size <= 40_000 + 2 * 10_240 for size in sizes[:-1])  # a sample and tar's padding more
+
+
+def test_no_sample_is_taken_before_its_shard_is_begun(tmp_path: Path) -> None:
+    """So that whoever notes a complete shard knows how far the source was read."""
+    taken: list[int] = []
+
+    def samples() -> Iterator[EncodedSample]:
+        for number in range(20):
+            taken.append(number)
+            yield encode_sample(number, np.full((16, 16, 3), number, np.uint8), 0)
+
+    counts = []
+    for written in written_shards(samples(), tmp_path, shard_bytes=9_000):
+        counts.append(written.shard.num_samples)
+        assert len(taken) == sum(counts)
+    assert len(counts) > 2
 
 
 def test_index_survives_saving(dataset: ShardDataset, tmp_path: Path) -> None:

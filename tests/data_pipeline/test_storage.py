@@ -20,7 +20,12 @@ from data_pipeline.errors import DataError
 from data_pipeline.storage import Storage, is_url
 
 CONTENT = np.random.default_rng(0).bytes(300_000)
-QUICK = 0.6  # seconds of patience where it is to be lost
+QUICK = 0.3  # seconds of patience where it is to be lost
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(storage_module, "_FIRST_DELAY", 0.02)
 
 
 @pytest.fixture
@@ -110,10 +115,10 @@ def test_a_stalled_connection_is_given_up_for_another(server: HttpFiles, tmp_pat
 
 def test_a_slow_server_is_waited_for_as_long_as_bytes_come(server: HttpFiles, tmp_path: Path) -> None:
     def dawdle(get: Get) -> None:
-        get.delay = 0.06
+        get.delay = 0.03
 
     server.fault = dawdle
-    assert len(CONTENT) / PIECE * 0.06 > 1.5 * QUICK  # longer than the patience altogether
+    assert len(CONTENT) / PIECE * 0.03 > 1.5 * QUICK  # longer than the patience altogether
     assert download(Storage(server.url, patience=QUICK), tmp_path / "a") == CONTENT
     assert server.requests["GET", "a.tar"] == 1
 
@@ -142,7 +147,7 @@ def test_a_server_that_never_delivers_costs_no_more_than_the_patience(
     with pytest.raises(DataError, match=answer) as caught:
         download(Storage(server.url, patience=QUICK), tmp_path / "a")
     assert f"{server.url}/a.tar" in str(caught.value)
-    assert "data.remote.patience is 0.6" in str(caught.value)
+    assert "data.remote.patience is 0.3" in str(caught.value)
     assert "attempts" in str(caught.value)
 
 
@@ -213,7 +218,7 @@ def test_a_protocol_that_is_unknown_or_not_installed_is_told() -> None:
 
 
 def test_memory_holds_blocks_and_not_the_file(server: HttpFiles, tmp_path: Path) -> None:
-    server.files["a.tar"] = content = bytes(48 << 20)
+    server.files["a.tar"] = content = bytes(24 << 20)
     download(Storage(server.url), tmp_path / "small", expected=content[: 1 << 20])  # what is imported for good
     tracemalloc.start()
     try:
@@ -221,7 +226,7 @@ def test_memory_holds_blocks_and_not_the_file(server: HttpFiles, tmp_path: Path)
             tracemalloc.reset_peak()
             before = tracemalloc.get_traced_memory()[0]
             Storage(server.url).download("a.tar", file, num_bytes=len(content), sha256=sha256(content))
-            assert tracemalloc.get_traced_memory()[1] - before < 8 << 20
+            assert tracemalloc.get_traced_memory()[1] - before < 6 << 20
     finally:
         tracemalloc.stop()
 
@@ -273,11 +278,26 @@ def test_s3_is_listed_read_and_downloaded(s3: Proxy, tmp_path: Path) -> None:
     assert download(storage, tmp_path / "a") == CONTENT
 
 
+def test_s3_that_may_not_be_listed_is_asked_for_every_file(s3: Proxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    import s3fs
+
+    async def denied(*_: Any, **__: Any) -> None:
+        raise PermissionError("Access Denied")
+
+    monkeypatch.setattr(s3fs.S3FileSystem, "_ls", denied)
+    assert Storage("s3://shards/train").sizes(["b.tar", "a.tar"]) == {"b.tar": None, "a.tar": 300_000}
+
+
 @pytest.mark.parametrize("fault", ["cut", "stall"])
 def test_s3_connections_that_break_or_stall_are_resumed(s3: Proxy, tmp_path: Path, fault: str) -> None:
     s3.fault, s3.after_bytes, s3.num_faults = fault, 40_000, 8 if fault == "cut" else 2
-    assert download(Storage("s3://shards/train", patience=3.0), tmp_path / "a") == CONTENT
+    assert download(Storage("s3://shards/train", patience=1.5), tmp_path / "a") == CONTENT
     assert s3.num_done == s3.num_faults
+
+
+def test_s3_damage_is_told(s3: Proxy, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="arrives damaged"):
+        download(Storage("s3://shards/train"), tmp_path / "a", expected=CONTENT[:-1] + b"!")
 
 
 def test_s3_refusals_are_told(s3: Proxy, tmp_path: Path) -> None:
