@@ -58,7 +58,7 @@ class WorkerSteps:
         if self._items is None:
             raise StopIteration
         try:
-            item = next(self._items)
+            item: StepInputs | UserError = next(self._items)
         except RuntimeError as error:
             raise UserError(
                 f"a data worker died: {error} With data.num_workers={self._num_workers} each holds some batches in "

@@ -14,6 +14,8 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -165,29 +167,56 @@ def test_threads_and_processes_that_want_the_same_shard_share_one_download(
     assert [path.name for path in cache.path(SHARDS[0]).parent.glob("[!.]*")] == [f"{SHARDS[0].sha256}.tar"]
 
 
-def test_the_bound_holds_over_processes(server: HttpFiles, new_cache: Callable[..., ShardCache]) -> None:
+def read_at_random(cache: ShardCache, seed: int, num_reads: int) -> None:
+    """Read shards, some of them wished for before; checks their content and the bound of 4 shards."""
+    numbers = random.Random(seed).choices(range(NUM_SHARDS), k=num_reads)
+    for place, number in enumerate(numbers):
+        cache.prefetch([SHARDS[later] for later in numbers[place + 1 : place + 3]])
+        assert content_of(cache.open(SHARDS[number])) == CONTENTS[number]
+        folder = cache.path(SHARDS[0]).parent
+        num_bytes = 0
+        with open(folder / ".lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            for path in folder.iterdir():
+                with suppress(FileNotFoundError):
+                    num_bytes += path.stat().st_size
+        assert num_bytes <= 4 * SIZE
+
+
+def test_the_bound_holds_over_processes(new_cache: Callable[..., ShardCache]) -> None:
     cache = new_cache(max_bytes=4 * SIZE, num_connections=2)
-    folder = cache.path(SHARDS[0]).parent
-
-    def read(seed: int) -> None:
-        numbers = random.Random(seed).choices(range(NUM_SHARDS), k=40)
-        for place, number in enumerate(numbers):
-            cache.prefetch([SHARDS[later] for later in numbers[place + 1 : place + 3]])
-            assert content_of(cache.open(SHARDS[number])) == CONTENTS[number]
-            with open(folder / ".lock") as lock:
-                fcntl.flock(lock, fcntl.LOCK_EX)
-                sizes = {entry.inode(): entry.stat().st_size for entry in os.scandir(folder) if _is_there(entry)}
-            assert sum(sizes.values()) <= 4 * SIZE
-
-    pids = [fork(lambda seed=seed: read(seed)) for seed in range(3)]  # type: ignore[misc]
+    pids = [fork(partial(read_at_random, cache, seed, 40)) for seed in range(3)]
     assert [exit_code(pid) for pid in pids] == [0, 0, 0]
-    os.close(cache.open(SHARDS[0]))
-    assert server.requests["GET", "0.tar"] > 0
 
 
-def _is_there(entry: os.DirEntry[str]) -> bool:
-    """A part that is being renamed can be listed and gone."""
-    return os.path.exists(entry.path)
+@pytest.mark.prove
+def test_processes_killed_at_random_times_on_a_bad_network_harm_nobody(
+    server: HttpFiles, new_cache: Callable[..., ShardCache]
+) -> None:
+    rng = random.Random(0)
+
+    def misbehave(get: Get) -> None:
+        kind = rng.randrange(12)
+        get.cut_at = rng.randrange(SIZE) if kind == 0 else None
+        get.stall_at = rng.randrange(SIZE) if kind == 1 else None
+        get.status = 503 if kind == 2 else get.status
+        get.delay = 0.01 if kind == 3 else 0.0
+
+    server.fault = misbehave
+    cache = new_cache(patience=3.0, max_bytes=4 * SIZE, num_connections=2)
+    pids = [fork(partial(read_at_random, cache, seed, 10**9)) for seed in range(3)]
+    for kill in range(150):
+        time.sleep(rng.uniform(0.0, 0.2))
+        victim = rng.randrange(3)
+        os.kill(pids[victim], signal.SIGKILL)
+        assert exit_code(pids[victim]) == -signal.SIGKILL  # until then its checks held
+        pids[victim] = fork(partial(read_at_random, cache, 3 + kill, 10**9))
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+        exit_code(pid)
+    server.fault = lambda get: None
+    read_at_random(cache, 0, 50)
+    wait_until(lambda: not list(cache.path(SHARDS[0]).parent.glob("*.part")))
 
 
 def test_a_process_killed_in_mid_download_leaves_nothing(
