@@ -159,7 +159,7 @@ def bare_read(dataset: ShardDataset, case: Case, order: NDArray[np.int64]) -> Ca
     pixels = case.size**2 * 3
     header = dataset.index.size[order] - pixels
     batches = np.empty((KEPT * BATCH, 3, case.size, case.size), dtype=np.uint8)
-    rows = cycle([[memoryview(row).cast("B")] for row in batches])
+    rows = cycle([[row.data.cast("B")] for row in batches])
     offsets = (dataset.index.offset[order] + header).tolist()
     descriptors = [files[shard] for shard in dataset.index.shard[order].tolist()]
     reads = list(zip(descriptors, rows, offsets, strict=False))
@@ -364,7 +364,11 @@ def report(names: list[str], place: Path | None, peer: StreamingPeer | None, rou
     if peer is not None:
         peer.close()
     if out is not None:
-        found = {"machine": machine(), "images": "generated" if place is None else "mosaics", "batch": BATCH}
+        found: dict[str, Any] = {
+            "machine": machine(),
+            "images": "generated" if place is None else "mosaics",
+            "batch": BATCH,
+        }
         found["streaming"] = peer.version if peer else None
         write_json(out, found | {"rows": [asdict(row) for row in rows], "memory_mib": memory})
 

@@ -24,6 +24,7 @@ import sys
 import tarfile
 import time
 import types
+from collections.abc import Callable
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -158,7 +159,7 @@ def main() -> None:
 
     answers, sys.stdout = sys.stdout, sys.stderr  # what it prints itself must not get between the answers
     print(json.dumps({"version": streaming.__version__}), file=answers, flush=True)
-    commands = {"write": write, "epoch": epoch, "order": order}
+    commands: dict[str, Callable[..., Any]] = {"write": write, "epoch": epoch, "order": order}
     for line in sys.stdin:
         command = json.loads(line)
         print(json.dumps(commands[command.pop("do")](**command)), file=answers, flush=True)

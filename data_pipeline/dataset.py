@@ -24,7 +24,7 @@ from data_pipeline.storage import is_url
 if TYPE_CHECKING:
     from data_pipeline.shard_cache import CacheSettings
 
-MAX_OPEN_SHARDS = 256
+MAX_OPEN_SHARDS = 512  # twice what a window of the shuffle spans where a shard has 1,000 samples
 _CHUNK = 32  # images decoded together: they fit into a core's cache
 
 
@@ -62,7 +62,9 @@ class ShardDataset:
     def _start(self, place: str, cache: CacheSettings | None, described: Manifest, index: Path) -> None:
         self.place, self.manifest, self.index = place, described, Index.open(index)
         self.files = open_files(described.shards_at or place, cache)
-        self._open = lru_cache(maxsize=MAX_OPEN_SHARDS)(self._open_shard)
+        # Open shards cannot leave the cache of a remote split.
+        num_open = self.files.max_bytes // (2 * max(shard.num_bytes for shard in described.shards)) + 1
+        self._open = lru_cache(maxsize=int(min(MAX_OPEN_SHARDS, num_open)))(self._open_shard)
         self._state = (place, cache, described, index)
 
     def __getstate__(self) -> tuple[Any, ...]:
@@ -91,8 +93,9 @@ class ShardDataset:
         images = np.empty((len(indices), num_channels, size, size), dtype=np.uint8)
         damaged: dict[int, DamagedSampleError] = {}
         read = {"png": self._read_png, "npy": self._read_npy, "any": self._read_any}[self.manifest.encoding]
-        for start in range(0, len(indices), _CHUNK):
-            chunk = slice(start, start + _CHUNK)
+        step = _CHUNK if self.manifest.encoding == "png" else max(len(indices), 1)
+        for start in range(0, len(indices), step):
+            chunk = slice(start, start + step)
             for row, what in read(indices[chunk], images[chunk]):
                 damaged[start + row] = self._damaged(int(indices[start + row]), what)
         return Samples(images, self.index.label[indices], damaged)
@@ -101,6 +104,21 @@ class ShardDataset:
     def is_remote(self) -> bool:
         """Whether shards must travel before they are read."""
         return is_url(self.manifest.shards_at or self.place)
+
+    def check_cache(self, window: int) -> None:
+        """Check that the cache of a remote split holds the shards that a shuffle over `window` samples reads at a time.
+
+        Raises:
+            DataError: it does not, so that shards would be fetched again and again.
+        """
+        sizes = [shard.num_bytes for shard in self.manifest.shards]
+        needed = min(sum(sizes), int(sum(sizes) * window / len(self)) + 2 * max(sizes))
+        if self.is_remote and needed > self.files.max_bytes:
+            raise DataError(
+                f"the shuffle reads {needed / 1e9:.3g} GB of shards at a time (data.shuffle_window={window:,} of "
+                f"{len(self):,} samples), the cache may hold {self.files.max_bytes / 1e9:.3g} GB: set "
+                f"data.remote.cache_gb to {2 * needed / 1e9:.3g} or more, or data.shuffle_window lower."
+            )
 
     def prefetch(self, shards: list[int]) -> None:
         """Say which shards will be read next, by number: those of a remote split begin to travel."""
@@ -119,7 +137,7 @@ class ShardDataset:
                 yield row, _WRONG_SUM
                 continue
             try:
-                if not png.inflate(payload, rows[row]):
+                if not png.inflate(payload, rows[:, row]):
                     others.append((row, payload))
             except ValueError as error:
                 yield row, f"it cannot be decoded ({error})"
@@ -137,17 +155,15 @@ class ShardDataset:
 
     def _read_npy(self, indices: NDArray[np.int64], images: NDArray[np.uint8]) -> Iterator[tuple[int, str]]:
         """As `_read_png`; from the file to its place in the batch without a copy between."""
-        expected = npy.header(*images.shape[1:])
-        header = bytearray(len(expected))
-        flat = images.reshape(-1).data
-        room = images[0].size
+        # The header is not read: the checksum is right only for this one.
+        header = npy.header(*images.shape[1:])
+        header_sum, header_bytes = isal_zlib.crc32(header), len(header)
+        pixels, room = images.reshape(-1).data, images[0].size
         for row, (shard, offset, _, crc32) in enumerate(self._places(indices)):
-            pixels = flat[row * room : (row + 1) * room]
-            num_bytes = self._open(shard).read_into([header, pixels], offset)
-            if num_bytes != len(header) + room or isal_zlib.crc32(pixels, isal_zlib.crc32(header)) != crc32:
+            image = pixels[row * room : (row + 1) * room]
+            num_bytes = self._open(shard).read_into(image, offset + header_bytes)
+            if num_bytes != room or isal_zlib.crc32(image, header_sum) != crc32:
                 yield row, _WRONG_SUM
-            elif header != expected:
-                yield row, f"it is not uint8 of {list(images.shape[1:])}"
 
     def _decoded(self, row: int, payload: bytes, images: NDArray[np.uint8]) -> Iterator[tuple[int, str]]:
         try:
@@ -178,10 +194,15 @@ class ShardDataset:
 
     def _damaged(self, sample: int, what: str) -> DamagedSampleError:
         key = self.index.key[sample].decode()
+        shard = int(self.index.shard[sample])
+        copy = self.files.copy_of(self.manifest.shards[shard])
+        remedy = manifest.remedy(self.place, self.manifest.source)
+        if copy is not None:
+            remedy = f"Its copy {copy} may be at fault: remove that first. {remedy}"
         return DamagedSampleError(
-            f"{self.shard_place(int(self.index.shard[sample]))}: sample {key} is damaged: {what}. See how far it "
+            f"{self.shard_place(shard)}: sample {key} is damaged: {what}. See how far it "
             f"goes: python -m data_pipeline.inspect {self.place} --verify. "
-            f"{manifest.remedy(self.place, self.manifest.source)}"
+            f"{remedy}"
         )
 
     def _open_shard(self, number: int) -> _OpenFile:
@@ -201,8 +222,8 @@ class _OpenFile:
         # In here `self` is alive: a caller that held nothing but the number could find it closed.
         return os.pread(self._fd, size, offset)
 
-    def read_into(self, buffers: list[bytearray | memoryview], offset: int) -> int:
-        return os.preadv(self._fd, buffers, offset)
+    def read_into(self, buffer: memoryview, offset: int) -> int:
+        return os.preadv(self._fd, (buffer,), offset)
 
     def __del__(self) -> None:
         os.close(self._fd)

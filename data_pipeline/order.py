@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from data_pipeline.counter_rng import Stream, generator
 
-DEFAULT_WINDOW = 1 << 16  # samples
+DEFAULT_WINDOW = 1 << 18  # samples
 _CACHED_EPOCHS = 2  # a batch may straddle two
 
 
@@ -57,6 +57,11 @@ class EpochOrder:
             begin, end = np.searchsorted(ends, (first, last), side="right")
             shards.update(dict.fromkeys(order[begin : end + 1].tolist()))
         return list(shards)
+
+    @property
+    def stride(self) -> int:
+        """Images after which `shards_ahead` is worth asking again: an eighth of a window."""
+        return max(min(self._window, self.num_samples) // 8, 1)
 
     def epoch(self, epoch: int) -> NDArray[np.int64]:
         """All sample numbers in the order of one epoch: [num_samples]."""

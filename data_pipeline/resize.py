@@ -100,7 +100,8 @@ def to_rgb(image: Image.Image, *, upright: bool = True) -> Image.Image:
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         pixels = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", pixels.size, "white"), pixels)
-    image = image.convert("RGB")
+    if image.mode != "RGB":
+        image = image.convert("RGB")
     return image if turn is None else image.transpose(turn)
 
 

@@ -160,7 +160,7 @@ class ShardCache:
         if shard.num_bytes > self._settings.max_bytes:
             raise DataError(
                 f"{self._storage}/{shard.file} has {shard.num_bytes:,} bytes, the cache {self._settings.folder} may "
-                f"hold {self._settings.max_bytes:,}. Set data.remote.max_bytes to many times the size of a shard."
+                f"hold {self._settings.max_bytes:,}. Set data.remote.cache_gb to many times the size of a shard."
             )
         self._settings.folder.mkdir(parents=True, exist_ok=True)
         part = self.path(shard).with_suffix(".part")

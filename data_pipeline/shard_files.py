@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
 import os
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from data_pipeline.errors import DataError
 from data_pipeline.files import write_atomic
 from data_pipeline.index import FILE_NAME as INDEX_FILE
 from data_pipeline.manifest import FILE_NAME as MANIFEST_FILE
@@ -20,6 +23,11 @@ if TYPE_CHECKING:
 
 class ShardFiles(Protocol):
     """A folder of shards, with the manifest and index of the split."""
+
+    @property
+    def max_bytes(self) -> float:
+        """What may lie on the local disk at a time."""
+        ...
 
     def manifest(self) -> Manifest:
         """Raises DataError where there is no valid one."""
@@ -37,6 +45,10 @@ class ShardFiles(Protocol):
         """A file descriptor of the complete shard, for reading; the caller closes it."""
         ...
 
+    def copy_of(self, shard: Shard) -> Path | None:
+        """Where a shard that lies elsewhere is kept on the local disk."""
+        ...
+
     def prefetch(self, shards: Sequence[Shard]) -> None:
         """Say which shards will be opened next, in this order; replaces what was said before."""
         ...
@@ -48,6 +60,8 @@ class ShardFiles(Protocol):
 
 class LocalFiles:
     """A split in a folder."""
+
+    max_bytes = math.inf
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
@@ -73,6 +87,9 @@ class LocalFiles:
     def open(self, shard: Shard) -> int:
         return os.open(self._folder / shard.file, os.O_RDONLY)
 
+    def copy_of(self, shard: Shard) -> Path | None:
+        return None
+
     def prefetch(self, shards: Sequence[Shard]) -> None:
         pass  # the operating system reads ahead
 
@@ -91,13 +108,23 @@ class RemoteFiles:
         self._storage = Storage(url, patience=settings.patience)
         self._cache = ShardCache(self._storage, settings)
 
+    @property
+    def max_bytes(self) -> float:
+        return self._settings.max_bytes
+
     def manifest(self) -> Manifest:
         return Manifest.parse(self._storage.read(MANIFEST_FILE), self._url)
 
     def index(self, described: Manifest) -> Path:
         path = self._settings.folder / f"{described.index_sha256}.{INDEX_FILE}"
         if not path.exists():
-            write_atomic(path, self._storage.read(INDEX_FILE))
+            content = self._storage.read(INDEX_FILE)
+            if hashlib.sha256(content).hexdigest() != described.index_sha256:
+                raise DataError(
+                    f"{self._storage}/{INDEX_FILE} is damaged, or not the one that {MANIFEST_FILE} beside it was "
+                    "written with: upload both anew."
+                )
+            write_atomic(path, content)
         return path
 
     def sizes(self, names: Sequence[str]) -> dict[str, int | None]:
@@ -105,6 +132,9 @@ class RemoteFiles:
 
     def open(self, shard: Shard) -> int:
         return self._cache.open(shard)
+
+    def copy_of(self, shard: Shard) -> Path | None:
+        return self._cache.path(shard)
 
     def prefetch(self, shards: Sequence[Shard]) -> None:
         self._cache.prefetch(shards)

@@ -38,6 +38,9 @@ class TrainStream:
 
     With `on_damage="replace"` a damaged sample gives way to another one, chosen by (seed, its number) alone: every
     process chooses the same, and the images around it stay where they are.
+
+    Raises:
+        DataError: the data set is remote and its cache too small for what the shuffle reads at a time.
     """
 
     def __init__(
@@ -51,11 +54,13 @@ class TrainStream:
         on_damage: OnDamage = "error",
     ) -> None:
         sizes = np.array([shard.num_samples for shard in dataset.manifest.shards], dtype=np.int64)
+        dataset.check_cache(window)
         self.order = EpochOrder(sizes, seed=seed, window=window)
         self._dataset = dataset
         self._seed = seed
         self._random_flip = random_flip
         self._on_damage = on_damage
+        self._prefetched = -1
         self._num_threads = num_threads
         self._pool = ThreadPoolExecutor(num_threads, "decode") if num_threads > 1 else None
 
@@ -67,8 +72,7 @@ class TrainStream:
             DataError: no substitute can be found, or a shard cannot be had.
         """
         samples = self.order.samples(start, count)
-        if self._dataset.is_remote:
-            self._dataset.prefetch(self.order.shards_ahead(start, count))
+        self._prefetch(start, count)
         read = self._read(samples)
         damaged = {int(samples[row]): str(error) for row, error in sorted(read.damaged.items())}
         for row, error in sorted(read.damaged.items()):
@@ -76,8 +80,15 @@ class TrainStream:
         flipped = np.zeros(count, dtype=np.bool_)
         if self._random_flip:
             flipped = uniform(self._seed, Stream.FLIP, start, count) < 0.5
-            read.images[flipped] = read.images[flipped, :, :, ::-1]
+            _mirror(read.images, flipped)
         return ImageBatch(read.images, read.labels, samples, flipped, damaged)
+
+    def _prefetch(self, start: int, count: int) -> None:
+        """Let the shards of the coming images travel, where they must; told anew every stride of the order."""
+        block = start // self.order.stride
+        if self._dataset.is_remote and block != self._prefetched:
+            self._prefetched = block
+            self._dataset.prefetch(self.order.shards_ahead(block * self.order.stride, count + self.order.stride))
 
     def _read(self, samples: NDArray[np.int64]) -> Samples:
         if self._pool is None:
@@ -111,3 +122,12 @@ class TrainStream:
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
         self._dataset.close()
+
+
+def _mirror(images: NDArray[np.uint8], which: NDArray[np.bool_]) -> None:
+    """Mirror some of the images [n, C, H, W] left to right, in place."""
+    if images.shape[3] % 8 == 0:
+        words = images.view(np.uint64)  # [n, C, H, W / 8]: eight pixels at a time, then the bytes within
+        words[which] = words[which, :, :, ::-1].byteswap()
+    else:
+        images[which] = images[which, :, :, ::-1]

@@ -54,7 +54,7 @@ class RemoteConfig(Section):
 class DataConfig(Section):
     train: Place = Field(description="folder or URL of the training split's shards")
     random_flip: bool = True  # mirror half of the images, chosen by (seed, image number)
-    shuffle_window: int = Field(1 << 16, ge=1)  # samples: how far one may move from its shard's place in the epoch
+    shuffle_window: int = Field(1 << 18, ge=1)  # samples: how far one may move from its shard's place in the epoch
     num_threads: int = Field(1, ge=1, le=64)  # that decode one batch
     num_workers: int = Field(0, ge=0, le=64)  # processes that make batches; 0: a thread of the training process
     prefetch: int = Field(2, ge=1, le=64)  # batches kept ready ahead of the training step

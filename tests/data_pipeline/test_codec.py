@@ -29,7 +29,7 @@ def by_pillow(image: NDArray[np.uint8], kind: str, mode: str = "RGB") -> bytes:
 def batch(payloads: list[bytes], height: int, width: int) -> NDArray[np.uint8]:
     """Images [n, 3, H, W] of our own PNGs, decoded together."""
     rows = png.empty_rows(len(payloads), height, width)
-    assert all(png.inflate(payload, rows[row]) for row, payload in enumerate(payloads))
+    assert all(png.inflate(payload, rows[:, row]) for row, payload in enumerate(payloads))
     images = np.empty((len(payloads), 3, height, width), np.uint8)
     png.unfilter(rows, images)
     return images
@@ -64,14 +64,14 @@ def test_images_of_a_batch_do_not_mix() -> None:
 def test_pngs_of_other_writers_are_left_to_pillow() -> None:
     image = noise(8, 8)
     rows = png.empty_rows(1, 8, 8)
-    assert not png.inflate(by_pillow(image // 64, "PNG"), rows[0])
-    assert not png.inflate(png.encode(noise(8, 9)), rows[0])
-    assert not png.inflate(by_pillow(image, "PNG", "L"), rows[0])
+    assert not png.inflate(by_pillow(image // 64, "PNG"), rows[:, 0])
+    assert not png.inflate(png.encode(noise(8, 9)), rows[:, 0])
+    assert not png.inflate(by_pillow(image, "PNG", "L"), rows[:, 0])
 
 
 def test_damage_in_our_own_png_is_found() -> None:
     stored = png.encode(noise(8, 8) // 64)
-    rows, intact = png.empty_rows(2, 8, 8)
+    rows, intact = png.empty_rows(2, 8, 8).transpose(1, 0, 2)
     assert png.inflate(stored, intact)
     found = 0
     for at in range(41, len(stored) - 16):  # every byte of the compressed rows
@@ -92,7 +92,7 @@ def test_a_png_with_too_few_or_too_many_rows_is_refused(rows: int) -> None:
     data = zlib.compress(bytes(rows * 25))
     forged = bytes(stored[:33]) + len(data).to_bytes(4, "big") + b"IDAT" + data + bytes(4) + bytes(stored[-12:])
     with pytest.raises(ValueError, match=f"{rows * 25} bytes instead of 200"):
-        png.inflate(forged, png.empty_rows(1, 8, 8)[0])
+        png.inflate(forged, png.empty_rows(1, 8, 8)[:, 0])
 
 
 @pytest.mark.parametrize("keep", [0, 20, 50, 100])

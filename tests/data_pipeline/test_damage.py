@@ -34,7 +34,7 @@ def flip(folder: Path, sample: int) -> None:
     data = ShardDataset(folder)
     path = folder / data.manifest.shards[int(data.index.shard[sample])].file
     content = bytearray(path.read_bytes())
-    content[int(data.index.offset[sample]) + 45] ^= 4
+    content[int(data.index.offset[sample] + data.index.size[sample] // 2)] ^= 4
     path.write_bytes(content)
 
 

@@ -141,7 +141,7 @@ def test_what_was_not_used_for_the_longest_time_goes_first(new_cache: Callable[.
 
 
 def test_a_shard_larger_than_the_cache_is_told(server: HttpFiles, new_cache: Callable[..., ShardCache]) -> None:
-    with pytest.raises(DataError, match=r"0.tar has 100,000 bytes.*may hold 99,999.*data\.remote\.max_bytes"):
+    with pytest.raises(DataError, match=r"0.tar has 100,000 bytes.*may hold 99,999.*data\.remote\.cache_gb"):
         new_cache(max_bytes=SIZE - 1).open(SHARDS[0])
     assert num_gets(server) == 0
 
