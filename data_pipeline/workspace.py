@@ -66,16 +66,18 @@ def workspace(out: Path, *, request: str | None = None) -> Iterator[Workspace]:
     """Build `out`: removed without a trace unless `publish` was called.
 
     With a `request`, which says all that decides the result, the files of an unfinished result stay, and the next
-    workspace with the same request has them; one with another request removes them.
+    workspace with the same request has them.
 
     Raises:
-        DataError: another process is building the same folder.
+        DataError: another process is building the same folder, or another request is unfinished there.
         OSError: with the workspace's name in it, for instance when the disk is full.
     """
     out = Path(os.path.abspath(out))
     out.parent.mkdir(parents=True, exist_ok=True)
     work = Workspace(out, out.parent / f".{out.name}.preparing")
     with _locked(out.parent / f".{out.name}.lock", out):
+        if request is not None:
+            _refuse_another(work, request)
         try:
             _clear(work, request)
             yield work
@@ -90,18 +92,29 @@ def workspace(out: Path, *, request: str | None = None) -> Iterator[Workspace]:
                 shutil.rmtree(work.root, ignore_errors=True)
 
 
+def _refuse_another(work: Workspace, request: str) -> None:
+    """Hours of another command's work are not ours to remove; an hour's first minutes, with nothing noted, are."""
+    if _has_files(work.journal) and _requested(work) != request:
+        raise DataError(
+            f"{work.root} holds what another command has done so far of {work.out} (see {work.root / 'request'}). "
+            f"Finish that one, choose another --out, or give it up: rm -r {work.root}"
+        )
+
+
+def _requested(work: Workspace) -> str | None:
+    noted = work.root / "request"
+    return noted.read_text() if noted.exists() else None
+
+
 def _clear(work: Workspace, request: str | None) -> None:
     """Make the folders, with the unfinished result of the same request if there is one."""
-    noted = work.root / "request"
-    if request is None or not noted.exists() or noted.read_text() != request:
-        if request is not None and _has_files(work.result):
-            say(f"{work.root} holds the unfinished result of another command: removed.")
+    if request is None or _requested(work) != request:
         shutil.rmtree(work.root, ignore_errors=True)
     shutil.rmtree(work.scratch, ignore_errors=True)
     for folder in (work.scratch, work.result, work.journal):
         folder.mkdir(parents=True, exist_ok=True)
     if request is not None:
-        write_atomic(noted, request)
+        write_atomic(work.root / "request", request)
 
 
 def _has_files(folder: Path) -> bool:
