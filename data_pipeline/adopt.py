@@ -19,14 +19,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from pydantic import TypeAdapter, ValidationError
+
 from data_pipeline import codec
 from data_pipeline.codec import Encoding
 from data_pipeline.errors import DataError, run_cli
 from data_pipeline.files import sha256_file
 from data_pipeline.fingerprint import fingerprint, sample_digest
 from data_pipeline.index import FILE_NAME as INDEX_FILE
-from data_pipeline.index import NO_LABEL, Index, Member, build_index, scan_shard
-from data_pipeline.manifest import ADOPTED, FILE_NAME, FORMAT, Manifest, Shard, SourceInfo
+from data_pipeline.index import NO_LABEL, Index, Member, build_index, scan_shard, shown
+from data_pipeline.manifest import ADOPTED, FILE_NAME, FORMAT, Manifest, PlainFileName, Shard, SourceInfo
 from data_pipeline.processes import WorkerPool, available_cpus
 from data_pipeline.progress import progress_bar
 
@@ -51,12 +53,15 @@ def adopt(folder: Path, out: Path | None = None, *, class_names: Sequence[str] =
     """Write the index and, last, the manifest of the shards in `folder` into `out` (None: beside the shards).
 
     Raises:
-        DataError: there are none, or one is damaged, or an image is not square or of another size than the first.
+        DataError: there are none, or one is damaged, or an image is not square or of another size than the first; or
+            `out` holds a manifest that was not made here.
         OSError: `out` cannot be written.
     """
     paths = shards_in(folder)
     if not paths:
         raise DataError(f"{folder} holds no *.tar shards. Name the folder that does.")
+    _check_names(paths)
+    _refuse_prepared(out or folder)
     seen: list[Seen] = []
     with WorkerPool(_look_at, num_processes) as pool:
         shards = pool.map(paths)
@@ -134,17 +139,38 @@ def _look_at(path: Path) -> Seen:
                 image, encoding = codec.recognise(payload)
             except (ValueError, OSError, SyntaxError) as error:
                 raise DataError(
-                    f"{path}: sample {member.key} cannot be decoded ({error}): get the shard anew."
+                    f"{path}: sample {shown(member.key)} cannot be decoded ({error}): get the shard anew."
                 ) from None
             height, width, _ = image.shape
             size = size or height
             if not height == width == size:
-                raise _unsuitable(path, f"sample {member.key}", width, height, f"{size} px before")
+                raise _unsuitable(path, f"sample {shown(member.key)}", width, height, f"{size} px before")
             digests.append(sample_digest(image, member.label))
             encodings.add(encoding)
     num_bytes = path.stat().st_size
     shard = Shard(file=path.name, num_samples=len(members), num_bytes=num_bytes, sha256=sha256_file(path))
     return Seen(shard, members, digests, size, frozenset(encodings))
+
+
+def _check_names(paths: list[Path]) -> None:
+    """Before hours of decoding: the manifest takes plain names alone."""
+    for path in paths:
+        try:
+            TypeAdapter(PlainFileName).validate_python(path.name)
+        except ValidationError:
+            raise DataError(
+                f"{shown(str(path))}: a shard's name is made of letters, digits, dots, - and _, and begins with a "
+                "letter or digit. Rename it."
+            ) from None
+
+
+def _refuse_prepared(out: Path) -> None:
+    """A manifest of ours knows the class names and where the images came from; the tar files do not."""
+    if (out / FILE_NAME).exists() and (kind := Manifest.load(out).source.kind) != ADOPTED:
+        raise DataError(
+            f"{out} holds a prepared data set ({kind}), which can be used as it is. To adopt its shards all the same, "
+            "name another folder with --out."
+        )
 
 
 def _unsuitable(path: Path, what: str, width: int, height: int, expected: str) -> DataError:
@@ -157,7 +183,7 @@ def _unsuitable(path: Path, what: str, width: int, height: int, expected: str) -
 def _check_labels(folder: Path, index: Index, class_names: Sequence[str]) -> None:
     labelled = index.label != NO_LABEL
     if labelled.any() and not labelled.all():
-        key = index.key[int(labelled.argmin())].decode()
+        key = shown(index.key[int(labelled.argmin())])
         raise DataError(f"{folder}: sample {key} has no label, but others have one: give all of them one, or none.")
     if labelled.any() and not 0 <= int(index.label.min()) <= int(index.label.max()) < len(class_names):
         raise DataError(

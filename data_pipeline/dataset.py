@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -29,7 +30,14 @@ _CHUNK = 32  # images decoded together: they fit into a core's cache
 
 
 class DamagedSampleError(DataError):
-    """One sample's bytes are not what they were; names its shard and key."""
+    """One sample's bytes are not what they were: `what` names its shard and key; the text has the remedy too."""
+
+    def __init__(self, what: str, remedy: str) -> None:
+        super().__init__(what, remedy)
+        self.what = what
+
+    def __str__(self) -> str:
+        return " ".join(self.args)
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,8 @@ class ShardDataset:
         # Open shards cannot leave the cache of a remote split.
         num_open = self.files.max_bytes // (2 * max(shard.num_bytes for shard in described.shards)) + 1
         self._open = lru_cache(maxsize=int(min(MAX_OPEN_SHARDS, num_open)))(self._open_shard)
+        self._mending = threading.Lock()
+        self._mended: dict[int, bool] = {}  # by shard with damaged samples: whether its copy was at fault
         self._state = (place, cache, described, index)
 
     def __getstate__(self) -> tuple[Any, ...]:
@@ -91,14 +101,39 @@ class ShardDataset:
         """The given samples, in the given order, and which of them are damaged."""
         size, num_channels = self.manifest.image_size, self.manifest.num_channels
         images = np.empty((len(indices), num_channels, size, size), dtype=np.uint8)
-        damaged: dict[int, DamagedSampleError] = {}
+        damaged = self._read_rows(indices, images)
+        if damaged and self.is_remote:
+            again = np.array(
+                [row for row in damaged if self._has_new_copy(int(self.index.shard[indices[row]]))], np.int64
+            )
+            fresh = np.empty((len(again), *images.shape[1:]), dtype=np.uint8)
+            still = self._read_rows(indices[again], fresh)
+            images[again] = fresh
+            damaged = {row: what for row, what in damaged.items() if row not in again}
+            damaged |= {int(again[row]): what for row, what in still.items()}
+        return Samples(
+            images,
+            self.index.label[indices],
+            {row: self._damaged(int(indices[row]), what) for row, what in sorted(damaged.items())},
+        )
+
+    def _read_rows(self, indices: NDArray[np.int64], images: NDArray[np.uint8]) -> dict[int, str]:
+        """Fill `images` [n, C, H, W]; returns the damaged rows and what is wrong with them."""
+        damaged: dict[int, str] = {}
         read = {"png": self._read_png, "npy": self._read_npy, "any": self._read_any}[self.manifest.encoding]
         step = _CHUNK if self.manifest.encoding == "png" else max(len(indices), 1)
         for start in range(0, len(indices), step):
             chunk = slice(start, start + step)
-            for row, what in read(indices[chunk], images[chunk]):
-                damaged[start + row] = self._damaged(int(indices[start + row]), what)
-        return Samples(images, self.index.label[indices], damaged)
+            damaged |= {start + row: what for row, what in read(indices[chunk], images[chunk])}
+        return damaged
+
+    def _has_new_copy(self, shard: int) -> bool:
+        """Whether a shard's local copy was at fault for a damaged sample, and is gone."""
+        with self._mending:
+            if shard not in self._mended:
+                self._mended[shard] = self.files.drop_bad_copy(self.manifest.shards[shard])
+                self._open.cache_clear()
+            return self._mended[shard]
 
     @property
     def is_remote(self) -> bool:
@@ -112,12 +147,13 @@ class ShardDataset:
             DataError: it does not, so that shards would be fetched again and again.
         """
         sizes = [shard.num_bytes for shard in self.manifest.shards]
-        needed = min(sum(sizes), int(sum(sizes) * window / len(self)) + 2 * max(sizes))
+        # Twice what is being read: half of the cache is for what has been fetched ahead.
+        needed = min(sum(sizes) + max(sizes), 2 * (int(sum(sizes) * window / len(self)) + 2 * max(sizes)))
         if self.is_remote and needed > self.files.max_bytes:
             raise DataError(
-                f"the shuffle reads {needed / 1e9:.3g} GB of shards at a time (data.shuffle_window={window:,} of "
+                f"the shuffle needs {needed / 1e9:.3g} GB of shards at hand (data.shuffle_window={window:,} of "
                 f"{len(self):,} samples), the cache may hold {self.files.max_bytes / 1e9:.3g} GB: set "
-                f"data.remote.cache_gb to {2 * needed / 1e9:.3g} or more, or data.shuffle_window lower."
+                f"data.remote.cache_gb to {1.01 * needed / 1e9:.3g} or more, or data.shuffle_window lower."
             )
 
     def prefetch(self, shards: list[int]) -> None:
@@ -195,18 +231,20 @@ class ShardDataset:
     def _damaged(self, sample: int, what: str) -> DamagedSampleError:
         key = self.index.key[sample].decode()
         shard = int(self.index.shard[sample])
-        copy = self.files.copy_of(self.manifest.shards[shard])
-        remedy = manifest.remedy(self.place, self.manifest.source)
-        if copy is not None:
-            remedy = f"Its copy {copy} may be at fault: remove that first. {remedy}"
         return DamagedSampleError(
-            f"{self.shard_place(shard)}: sample {key} is damaged: {what}. See how far it "
-            f"goes: python -m data_pipeline.inspect {self.place} --verify. "
-            f"{remedy}"
+            f"{self.shard_place(shard)}: sample {key} is damaged: {what}.",
+            f"See how far it goes: python -m data_pipeline.inspect {self.place} --verify. "
+            f"{manifest.remedy(self.place, self.manifest.source)}",
         )
 
     def _open_shard(self, number: int) -> _OpenFile:
-        return _OpenFile(self.files.open(self.manifest.shards[number]))
+        try:
+            return _OpenFile(self.files.open(self.manifest.shards[number]))
+        except FileNotFoundError:
+            remedy = manifest.remedy(self.place, self.manifest.source)
+            raise DataError(
+                f"shard {self.shard_place(number)} is missing; it was there at the start. {remedy}"
+            ) from None
 
 
 _WRONG_SUM = "its bytes do not match their checksum"

@@ -11,7 +11,6 @@ samples are ready at once.
 from __future__ import annotations
 
 import io
-import tarfile
 import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
@@ -22,11 +21,13 @@ import numpy as np
 from isal import isal_zlib
 from numpy.typing import NDArray
 
+from data_pipeline import tar
 from data_pipeline.errors import DataError
 from data_pipeline.files import write_atomic
 
 FILE_NAME = "index.npz"
 NO_LABEL = -1
+MAX_CLASSES = 1_000_000  # a label beyond is damage: the manifest names every class
 _ZIP_HEADER = 30  # bytes of an archive member's header, before its name
 
 
@@ -34,7 +35,7 @@ _ZIP_HEADER = 30  # bytes of an archive member's header, before its name
 class Index:
     """One row a sample; all arrays are [num_samples]."""
 
-    key: NDArray[np.bytes_]
+    key: NDArray[np.bytes_]  # UTF-8, as a rule: see `shown`
     shard: NDArray[np.int32]  # number of the shard, ascending
     offset: NDArray[np.int64]  # of the image payload in the shard, bytes
     size: NDArray[np.int64]  # of the image payload, bytes
@@ -95,7 +96,7 @@ def _mapped_columns(path: Path) -> Iterator[tuple[str, NDArray[Any]]]:
 class Member:
     """A sample as found in a tar shard."""
 
-    key: str
+    key: str  # bytes that are not UTF-8 as lone surrogates (surrogateescape)
     offset: int
     size: int
     crc32: int
@@ -108,35 +109,53 @@ def scan_shard(path: Path, extensions: tuple[str, ...]) -> Iterator[Member]:
     A key is a path up to the first dot of its last part, as for WebDataset; other members are passed over.
 
     Raises:
-        DataError: the file is no complete tar, a label has no image or is no number, or a sample has two images.
+        DataError: the file is no complete tar, a label has no image or is no class number, or a sample has two images.
     """
     labels: dict[str, int] = {}  # of samples whose image has not come yet
     images: dict[str, Member] = {}  # of samples whose label has not come yet
     try:
-        with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in tar:
-                folder, slash, name = member.name.rpartition("/")
-                stem, _, kind = name.partition(".")
+        with open(path, "rb") as file:
+            for name, offset, size in tar.walk(file):
+                folder, slash, base = name.rpartition("/")
+                stem, _, kind = base.partition(".")
                 key, kind = folder + slash + stem, kind.lower()
-                if not member.isfile() or kind not in (*extensions, "cls"):
+                if kind not in (*extensions, "cls"):
                     continue
                 # A sample's members are neighbours: one with another key ends it.
                 yield from _finished(images, key)
-                file.seek(member.offset_data)
-                payload = file.read(member.size)
+                file.seek(offset)
+                payload = file.read(size)
                 if kind == "cls":
-                    labels[key] = int(payload)
+                    labels[key] = _label(payload, key)
                 elif key in images:
                     raise ValueError(f"sample {key} has more than one image")
                 else:
-                    images[key] = Member(key, member.offset_data, member.size, isal_zlib.crc32(payload), NO_LABEL)
+                    images[key] = Member(key, offset, size, isal_zlib.crc32(payload), NO_LABEL)
                 if key in images and key in labels:
                     images[key] = replace(images[key], label=labels.pop(key))
             yield from _finished(images, None)
-    except (tarfile.TarError, ValueError, EOFError) as error:
-        raise DataError(f"{path} is damaged or no tar file: {error}.") from None
+    except ValueError as error:
+        raise DataError(f"{path} is damaged or no tar file: {shown(str(error))}.") from None
     if labels:
-        raise DataError(f"{path}: sample {next(iter(labels))} has a label but no image ({', '.join(extensions)}).")
+        raise DataError(
+            f"{path}: sample {shown(next(iter(labels)))} has a label but no image ({', '.join(extensions)})."
+        )
+
+
+def _label(payload: bytes, key: str) -> int:
+    try:
+        label = int(payload)
+    except ValueError:
+        raise ValueError(f"the label of sample {key} is no number: {payload[:40]!r}") from None
+    if abs(label) >= MAX_CLASSES:
+        raise ValueError(f"sample {key} has label {payload[:40]!r}; classes are counted from 0 to {MAX_CLASSES - 1:,}")
+    return label
+
+
+def shown(key: str | bytes) -> str:
+    """A key for messages, which can be printed whatever bytes it holds."""
+    raw = key.encode("utf-8", "surrogateescape") if isinstance(key, str) else key
+    return raw.decode("utf-8", "backslashreplace")
 
 
 def _finished(images: dict[str, Member], current: str | None) -> Iterator[Member]:
@@ -152,7 +171,7 @@ def build_index(shards: Sequence[Sequence[Member]]) -> Index:
         return np.array([getattr(member, name) for _, member in rows], dtype=dtype)
 
     return Index(
-        key=np.array([member.key.encode() for _, member in rows], dtype=np.bytes_),
+        key=np.array([member.key.encode("utf-8", "surrogateescape") for _, member in rows], dtype=np.bytes_),
         shard=np.array([number for number, _ in rows], dtype=np.int32),
         offset=column("offset", np.int64),
         size=column("size", np.int64),

@@ -17,7 +17,7 @@ from data_pipeline.index import Index
 from data_pipeline.manifest import Shard
 from data_pipeline.shards import WrittenShard
 
-FORMAT = 1  # of these notes and of all that decides a shard's bytes: what another version left is not gone on with
+FORMAT = 2  # of these notes and of all that decides a shard's bytes: what another version left is not gone on with
 
 
 class Entry(BaseModel):
@@ -26,7 +26,7 @@ class Entry(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
 
     next_position: int  # in the source, behind the shard's last sample
-    unreadable: list[str]  # what could not be read since the shard before
+    unreadable: list[tuple[int, str]]  # what could not be read since the shard before: position, reason
     shard: Shard
 
 
@@ -34,7 +34,7 @@ class Journal:
     """The notes on one split, whose shards lie in the folder `shards`; what else lies there is unfinished and goes."""
 
     def __init__(self, folder: Path, shards: Path) -> None:
-        self._folder = folder
+        self._folder, self._shards = folder, shards
         folder.mkdir(exist_ok=True)
         shards.mkdir(exist_ok=True)
         self.entries: list[Entry] = []
@@ -43,10 +43,7 @@ class Journal:
             if entry is None:
                 break  # after a power failure, say: go on from here
             self.entries.append(entry)
-        complete = {entry.shard.file for entry in self.entries}
-        for path in shards.iterdir():
-            if path.name not in complete:
-                path.unlink()
+        self._keep(len(self.entries))
 
     @property
     def next_position(self) -> int:
@@ -59,11 +56,15 @@ class Journal:
         return sum(entry.shard.num_samples for entry in self.entries)
 
     @property
-    def unreadable(self) -> list[str]:
+    def unreadable(self) -> list[tuple[int, str]]:
         """What could not be read so far."""
-        return [line for entry in self.entries for line in entry.unreadable]
+        return [noted for entry in self.entries for noted in entry.unreadable]
 
-    def add(self, written: WrittenShard, next_position: int, unreadable: list[str]) -> None:
+    def forget_from(self, position: int) -> None:
+        """Go back to before the shard that the image at `position` of the source would have been in."""
+        self._keep(sum(entry.next_position <= position for entry in self.entries))
+
+    def add(self, written: WrittenShard, next_position: int, unreadable: list[tuple[int, str]]) -> None:
         """Note the next shard."""
         stem = self._stem(written.shard)
         write_atomic(stem.with_suffix(".npz"), written.index.to_bytes())
@@ -78,6 +79,18 @@ class Journal:
             stem = self._stem(entry.shard)
             with np.load(stem.with_suffix(".npz"), allow_pickle=False) as columns:
                 yield WrittenShard(entry.shard, Index(**columns), stem.with_suffix(".digests").read_bytes())
+
+    def _keep(self, count: int) -> None:
+        """Keep the first `count` shards; the notes on the others go first, the last one first."""
+        del self.entries[count:]
+        complete = {entry.shard.file for entry in self.entries}
+        stems = {self._stem(entry.shard) for entry in self.entries}
+        for path in sorted(self._folder.glob("*.json"), reverse=True):
+            if path.with_suffix("") not in stems:
+                path.unlink()
+        for path in self._shards.iterdir():
+            if path.name not in complete:
+                path.unlink()
 
     def _stem(self, shard: Shard) -> Path:
         return self._folder / Path(shard.file).stem

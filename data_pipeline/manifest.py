@@ -124,6 +124,8 @@ def remedy(place: str | Path, source: SourceInfo | None = None) -> str:
     options = ", ".join(f"{key}={value}" for key, value in source.options.items())
     if source.kind == SAMPLES:
         return f"Remove {folder} and make it anew with python -m evaluation.sample (it was made with {options})"
+    if folder.name not in ("train", "test"):
+        return f"Make it anew elsewhere with python -m data_pipeline.prepare {source.kind} --out OUT"
     command = f"python -m data_pipeline.prepare {source.kind} --out {out}"
     return f"Remove {out} and make it anew: {command}" + (f" (it was made with {options})" if options else "")
 

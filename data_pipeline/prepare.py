@@ -15,9 +15,12 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
+import os
 import signal
 import threading
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,13 +38,13 @@ from data_pipeline.processes import WorkerPool, available_cpus
 from data_pipeline.progress import progress_bar, say
 from data_pipeline.shards import EncodedSample, encode_sample, join_shards, written_shards
 from data_pipeline.sources import SOURCES
-from data_pipeline.sources.base import Collection, Source, UnreadableImageError
+from data_pipeline.sources.base import Collection, Source, Split, UnreadableImageError
 from data_pipeline.unreadable import UnreadableReport
-from data_pipeline.workspace import workspace
+from data_pipeline.workspace import Request, clear_leftovers, workspace
 
 UNREADABLE_FILE = "unreadable.txt"
 _PIECE_BYTES = 1 << 20  # of the pixels of a piece: several pieces are held for every process
-_PIECE_IMAGES = 256  # at most: the originals may be large and slow
+_PIECE_IMAGES = 32  # at most: the originals may be large and slow
 
 Made = EncodedSample | str  # an image as a sample, or what is wrong with its original
 
@@ -69,13 +72,16 @@ def prepare(
     """
     wanted = SourceInfo(kind=source.kind, options=source.options(), origin="")
     if is_prepared(wanted, source.split_names(), out, encoding):
+        clear_leftovers(out)
         print(f"{out} already holds this data set, complete: nothing to do.")
         return
-    with workspace(out, request=_request(wanted, encoding, shard_mb)) as work:
+    with workspace(out, request=_request(source, wanted, encoding, shard_mb)) as work:
         journals = {name: Journal(work.journal / name, work.result / name) for name in source.split_names()}
-        _tell_what_is_there(journals)
         print(f"looking for the images of {source.kind} ...", flush=True)
         collection = source.open(work.scratch)
+        for name, noted in journals.items():
+            _go_back_to_mended(collection.splits[name], noted)
+        _tell_what_is_there(journals)
         info = wanted.model_copy(update={"origin": collection.origin})
         report = UnreadableReport(work.result / UNREADABLE_FILE, max_unreadable)
         pieces = {name: _pieces(collection, name, found.next_position) for name, found in journals.items()}
@@ -93,8 +99,8 @@ def prepare(
         work.publish()
     for remark in collection.remarks():
         print(remark)
-    if report.lines:
-        print(f"{len(report.lines)} images could not be read and are left out: see {out / UNREADABLE_FILE}")
+    if report.noted:
+        print(f"{len(report.noted)} images could not be read and are left out: see {out / UNREADABLE_FILE}")
     print(f"{out} is ready: {collection.origin}")
 
 
@@ -127,13 +133,34 @@ def is_prepared(wanted: SourceInfo, splits: list[str], out: Path, encoding: Enco
     return True
 
 
-def _request(wanted: SourceInfo, encoding: Encoding, shard_mb: float) -> str:
-    """All that decides the bytes of the result."""
-    decides = {
-        "format": [FORMAT, journal.FORMAT], "kind": wanted.kind, "options": wanted.options, "encoding": encoding,
-        "shard_mb": shard_mb,
+def _request(source: Source, wanted: SourceInfo, encoding: Encoding, shard_mb: float) -> Request:
+    settings = {
+        "format": [FORMAT, journal.FORMAT], "kind": wanted.kind, "encoding": encoding, "shard_mb": shard_mb
     }  # fmt: skip
-    return json.dumps(decides, indent=2)
+    decides = settings | {"options": wanted.options, "originals": _state(source.files())}
+    return Request(command=json.dumps(settings | {"source": repr(source)}), decides=json.dumps(decides))
+
+
+def _state(paths: Iterable[str]) -> str:
+    """What changes when somebody changes one of the files: a digest of their sizes and times of change."""
+    state = hashlib.sha256()
+    for path in paths:
+        try:
+            found = os.stat(path)
+        except FileNotFoundError:  # a link that points at nothing: `load` will say so
+            state.update(b"lost\n")
+        else:
+            state.update(f"{found.st_size} {found.st_mtime_ns}\n".encode())
+    return state.hexdigest()
+
+
+def _go_back_to_mended(split: Split, noted: Journal) -> None:
+    """Where an original can be read now that could not before (a disk was away, say): to before its shard."""
+    for position, _ in noted.unreadable:
+        with suppress(UnreadableImageError):
+            split.load(position)
+            noted.forget_from(position)
+            return
 
 
 def _tell_what_is_there(journals: dict[str, Journal]) -> None:
@@ -180,11 +207,11 @@ class _Reading:
 
     def __iter__(self) -> Iterator[EncodedSample]:
         for piece in self._made:
+            self._bar.update(len(piece))
             for image in piece:
                 self.position += 1
-                self._bar.update()
                 if isinstance(image, str):
-                    self._report.add(image)
+                    self._report.add(self.position - 1, image)
                 else:
                     yield image
 
@@ -196,13 +223,13 @@ def _write_split(
     """Write what is made behind the shards already noted, and note each shard."""
     report.extend(noted.unreadable)
     reading = _Reading(made, noted.next_position, report, bar)
-    num_told = before = len(report.lines)
+    num_told = before = len(report.noted)
     for written in written_shards(reading, folder, shard_bytes=shard_bytes, first=len(noted.entries)):
-        noted.add(written, reading.position, report.lines[num_told:])
-        num_told = len(report.lines)
+        noted.add(written, reading.position, report.noted[num_told:])
+        num_told = len(report.noted)
     if not noted.entries:
         raise DataError(
-            f"none of the {reading.position} images of {folder.name} can be read; the first: {report.lines[before]}"
+            f"none of the {reading.position} images of {folder.name} can be read; the first: {report.noted[before][1]}"
         )
 
 
@@ -263,8 +290,8 @@ def _on_sigterm(*_: object) -> NoReturn:
 def main(arguments: list[str] | None = None) -> int:
     """The command line; returns the exit code."""
     args = _parser().parse_args(arguments)
-    if not args.shard_mb > 0:
-        raise DataError(f"--shard-mb is {args.shard_mb}; it must be positive.")
+    if not 0 < args.shard_mb < math.inf:
+        raise DataError(f"--shard-mb is {args.shard_mb}; it must be a positive number.")
     for flag, value, least in (
         ("--num-processes", args.num_processes, 1), ("--max-unreadable", args.max_unreadable, 0)
     ):  # fmt: skip

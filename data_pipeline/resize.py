@@ -21,6 +21,7 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_BACK = {**_UPRIGHT, 6: Image.Transpose.ROTATE_90, 8: Image.Transpose.ROTATE_270}  # the others undo themselves
 
 
 def centre_crop(image: Image.Image, size: int) -> NDArray[np.uint8]:
@@ -28,11 +29,18 @@ def centre_crop(image: Image.Image, size: int) -> NDArray[np.uint8]:
 
     Halved by box averaging while both sides stay at least `size`, then bicubic to a short side of `size`, then cropped:
     the convention of Nichol & Dhariwal 2021 ("Improved DDPM") for their own images. Smaller originals are enlarged.
+    RGB originals come out as from their published code, pixel for pixel. Others do not quite: there they are resized as
+    stored and converted to RGB at the end, here `to_rgb` comes first (of CMYK, levels differ by up to some 20).
+
+    Raises:
+        ValueError: it is so narrow that at this size it would exceed Pillow's limit of pixels before the crop.
     """
     while min(image.size) >= 2 * size:
         image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
     scale = size / min(image.size)
     width, height = (max(size, round(side * scale)) for side in image.size)
+    if Image.MAX_IMAGE_PIXELS is not None and width * height > Image.MAX_IMAGE_PIXELS:
+        raise ValueError(f"too narrow: at {width}x{height} pixels, to be cropped to {size}x{size}, it is too large")
     image = image.resize((width, height), Image.Resampling.BICUBIC)
     left, top = (width - size) // 2, (height - size) // 2
     return np.asarray(image.crop((left, top, left + size, top + size)))
@@ -88,14 +96,13 @@ def to_rgb(image: Image.Image, *, upright: bool = True) -> Image.Image:
 
     Transparency (alpha, palette entries, a colour declared transparent) is laid over white. 16-bit samples keep their
     high byte, grey and colour alike. CMYK goes the plain way of Pillow, without colour profiles; Adobe's inverted
-    CMYK JPEGs come out right. With `upright`, the EXIF rotation is applied.
+    CMYK JPEGs come out right. With `upright`, the EXIF rotation is applied; without, the pixels stay as stored.
 
     Raises:
         ValueError: the samples have no known range (floating point, more than 16 bits).
         OSError, SyntaxError: the file is truncated or damaged.
     """
-    image.load()
-    turn = _UPRIGHT.get(_orientation(image)) if upright else None
+    turn = _turn_when_loaded(image, upright=upright)
     image = _eight_bit(image)
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La") or "transparency" in image.info:
         pixels = image.convert("RGBA")
@@ -103,6 +110,16 @@ def to_rgb(image: Image.Image, *, upright: bool = True) -> Image.Image:
     if image.mode != "RGB":
         image = image.convert("RGB")
     return image if turn is None else image.transpose(turn)
+
+
+def _turn_when_loaded(image: Image.Image, *, upright: bool) -> Image.Transpose | None:
+    """Load the pixels of an opened file; returns the turn that they need then."""
+    before = _orientation(image)
+    image.load()
+    after = _orientation(image)  # a TIFF has been turned while it was loaded, and its tag taken away
+    if upright:
+        return _UPRIGHT.get(after)
+    return _BACK.get(before) if after != before else None
 
 
 def _orientation(image: Image.Image) -> int:

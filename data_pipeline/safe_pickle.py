@@ -23,10 +23,11 @@ from data_pipeline.errors import DataError
 
 _LONG = 1 << 20  # bytes that are worth mapping
 _DTYPES = {"u1": np.dtype(np.uint8), "f4": np.dtype(np.float32), "f8": np.dtype(np.float64), "i8": np.dtype(np.int64)}
+_SCALARS = (str, bytes, bool, int, float, type(None))
 
 
-def load_pickle(content: bytes, *, where: str) -> Any:
-    """The dictionaries, lists, strings, numbers and arrays in a pickle; Python 2 strings come as str.
+def load_pickle(content: bytes, *, where: str) -> dict[Any, Any]:
+    """The dictionary in a pickle: of strings, numbers, lists of them, and arrays; Python 2 strings come as str.
 
     Raises:
         DataError: the pickle asks for anything beyond that, or is damaged; `where` names it in the message.
@@ -34,7 +35,7 @@ def load_pickle(content: bytes, *, where: str) -> Any:
     return _loaded(_Unpickler(io.BytesIO(content), encoding="latin1"), where)
 
 
-def map_pickle(path: Path) -> Any:
+def map_pickle(path: Path) -> dict[Any, Any]:
     """Like `load_pickle`, but arrays of a megabyte or more are mapped read-only: their rows are read when asked for.
 
     (Where an old protocol wrote an array as text, it is read into memory.)
@@ -46,9 +47,9 @@ def map_pickle(path: Path) -> Any:
         return _loaded(_MappingUnpickler(_Reader(path, file), encoding="latin1"), str(path))
 
 
-def _loaded(unpickler: Any, where: str) -> Any:
+def _loaded(unpickler: Any, where: str) -> dict[Any, Any]:
     try:
-        return _resolved(unpickler.load())
+        return _flat(unpickler.load())
     except _RefusedError as error:
         raise DataError(f"{where} asks for {error}, which no data file needs: refused. It may be malicious.") from None
     except Exception as error:  # a damaged pickle can fail in any way
@@ -84,23 +85,33 @@ class _Array:
         self.value = np.frombuffer(raw, dtype.dtype).reshape(shape, order="F" if fortran_order else "C")
 
 
-def _reconstruct(*_: Any) -> _Array:
-    return _Array()
+# Not functions: a pickle may set attributes of what it is given, and these have none.
+class _Reconstruct:
+    """Stands in for numpy.core.multiarray._reconstruct."""
+
+    __slots__ = ()
+
+    def __call__(self, *_: Any) -> _Array:
+        return _Array()
 
 
-def _encode(text: str, encoding: str) -> bytes:
-    """How Python 3 writes bytes under the old protocols."""
-    if encoding != "latin1":
-        raise ValueError(f"bytes encoded as {encoding}")
-    return text.encode("latin1")
+class _Encode:
+    """Stands in for codecs.encode: how Python 3 writes bytes under the old protocols."""
+
+    __slots__ = ()
+
+    def __call__(self, text: str, encoding: str) -> bytes:
+        if encoding != "latin1":
+            raise ValueError(f"bytes encoded as {encoding}")
+        return text.encode("latin1")
 
 
 _ADMITTED = {
-    ("numpy.core.multiarray", "_reconstruct"): _reconstruct,
-    ("numpy._core.multiarray", "_reconstruct"): _reconstruct,
+    ("numpy.core.multiarray", "_reconstruct"): _Reconstruct(),
+    ("numpy._core.multiarray", "_reconstruct"): _Reconstruct(),
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Dtype,
-    ("_codecs", "encode"): _encode,
+    ("_codecs", "encode"): _Encode(),
 }
 
 
@@ -187,14 +198,26 @@ class _MappingUnpickler(_Admitting, pickle._Unpickler):  # the one in Python: th
     }
 
 
-def _resolved(value: Any) -> Any:
-    """`value` with the arrays in place of their stand-ins."""
+def _flat(content: Any) -> dict[Any, Any]:
+    """The dictionary in a pickle, with the arrays in place of their stand-ins.
+
+    Nothing deeper: in a pickle of a few bytes, lists that hold each other twice can stand for more than any memory.
+    What several keys share is looked at once.
+    """
+    if not isinstance(content, dict):
+        raise ValueError(f"it holds no dictionary but a {type(content).__name__}")
+    values = {id(value): value for value in content.values()}
+    plain = {number: _plain(value) for number, value in values.items()}
+    return {key: plain[id(value)] for key, value in content.items()}
+
+
+def _plain(value: Any) -> Any:
     if isinstance(value, _Array):
         return value.value
     if isinstance(value, _Stretch):
         return value.read()
-    if isinstance(value, dict):
-        return {key: _resolved(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return type(value)(_resolved(item) for item in value)
+    items = value if isinstance(value, (list, tuple)) else [value]
+    strange = next((item for item in items if not isinstance(item, _SCALARS)), None)
+    if strange is not None:
+        raise ValueError(f"a {type(strange).__name__} within a {type(value).__name__}")
     return value

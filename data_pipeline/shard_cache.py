@@ -23,6 +23,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from data_pipeline.errors import DataError
+from data_pipeline.files import write_atomic
 from data_pipeline.manifest import Shard
 from data_pipeline.storage import DEFAULT_PATIENCE, Storage
 
@@ -164,12 +165,14 @@ class ShardCache:
             )
         self._settings.folder.mkdir(parents=True, exist_ok=True)
         part = self.path(shard).with_suffix(".part")
+        began = time.time_ns()
         last_write, seen_at = 0, 0.0  # of another process that is fetching it
         while not self.path(shard).exists():
+            self._raise_if_it_failed(shard, since=began)
             with _lockable(part, os.O_CREAT) as fd:
                 if _try_lock(fd):
                     if _is_same_file(fd, part):  # else its holder renamed or removed it before we had the lock
-                        self._receive(shard, fd, part)
+                        self._receive(shard, fd, part, began)
                     continue
                 written = os.fstat(fd).st_mtime_ns
             if written != last_write:
@@ -182,18 +185,33 @@ class ShardCache:
                 )
             time.sleep(_POLL)
 
-    def _receive(self, shard: Shard, fd: int, part: Path) -> None:
+    def _failure(self, shard: Shard) -> Path:
+        """Where a process that gave up a shard tells the others why, or each would lose its own patience in turn."""
+        return self.path(shard).with_suffix(".failed")
+
+    def _raise_if_it_failed(self, shard: Shard, *, since: int) -> None:
+        """Raise what another process noted at `since` (Unix nanoseconds) or later."""
+        with suppress(FileNotFoundError):
+            if self._failure(shard).stat().st_mtime_ns >= since:
+                raise DataError(self._failure(shard).read_text())
+
+    def _receive(self, shard: Shard, fd: int, part: Path, began: int) -> None:
         """Fetch a shard into its locked part, and give it its name."""
         try:
             if self.path(shard).exists():
                 part.unlink()
                 return
+            self._raise_if_it_failed(shard, since=began)
             self._reserve(fd, shard.num_bytes)
             with open(fd, "wb", closefd=False) as file:
                 self._storage.download(shard.file, file, num_bytes=shard.num_bytes, sha256=shard.sha256)
             with self._folder_lock():  # who counts must find the one name or the other
                 os.rename(part, self.path(shard))
+                self._failure(shard).unlink(missing_ok=True)
         except BaseException as error:
+            if isinstance(error, DataError):
+                with suppress(OSError):
+                    write_atomic(self._failure(shard), str(error))
             part.unlink(missing_ok=True)
             if isinstance(error, OSError):
                 error.filename = error.filename or str(part)
@@ -202,13 +220,19 @@ class ShardCache:
     def _reserve(self, fd: int, num_bytes: int) -> None:
         """Give a part its size, once enough of what was not used for the longest time has been removed."""
         os.ftruncate(fd, 0)  # a process that died may have left something
-        while True:
+        deadline = time.monotonic() + 2 * self._storage.patience
+        while time.monotonic() < deadline:
             with self._folder_lock():
                 if self._make_room(num_bytes):
                     os.ftruncate(fd, num_bytes)
                     return
             os.utime(fd)  # a sign of life
             time.sleep(_POLL)  # other downloads fill the cache: they end, and can be removed then
+        raise DataError(
+            f"the cache {self._settings.folder} has had no room for {num_bytes:,} bytes in "
+            f"{2 * self._storage.patience:g} s: downloads under way fill it. Set data.remote.cache_gb higher, or "
+            "data.remote.connections lower."
+        )
 
     @contextmanager
     def _folder_lock(self) -> Iterator[None]:

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
 from data_pipeline.errors import DataError
-from data_pipeline.files import write_atomic
+from data_pipeline.files import sha256_file, write_atomic
 from data_pipeline.index import FILE_NAME as INDEX_FILE
 from data_pipeline.manifest import FILE_NAME as MANIFEST_FILE
 from data_pipeline.manifest import Manifest, Shard
@@ -45,8 +45,8 @@ class ShardFiles(Protocol):
         """A file descriptor of the complete shard, for reading; the caller closes it."""
         ...
 
-    def copy_of(self, shard: Shard) -> Path | None:
-        """Where a shard that lies elsewhere is kept on the local disk."""
+    def drop_bad_copy(self, shard: Shard) -> bool:
+        """Remove the local copy of a shard that lies elsewhere if it is damaged; whether it was."""
         ...
 
     def prefetch(self, shards: Sequence[Shard]) -> None:
@@ -87,8 +87,8 @@ class LocalFiles:
     def open(self, shard: Shard) -> int:
         return os.open(self._folder / shard.file, os.O_RDONLY)
 
-    def copy_of(self, shard: Shard) -> Path | None:
-        return None
+    def drop_bad_copy(self, shard: Shard) -> bool:
+        return False
 
     def prefetch(self, shards: Sequence[Shard]) -> None:
         pass  # the operating system reads ahead
@@ -117,7 +117,7 @@ class RemoteFiles:
 
     def index(self, described: Manifest) -> Path:
         path = self._settings.folder / f"{described.index_sha256}.{INDEX_FILE}"
-        if not path.exists():
+        if not path.exists() or sha256_file(path) != described.index_sha256:
             content = self._storage.read(INDEX_FILE)
             if hashlib.sha256(content).hexdigest() != described.index_sha256:
                 raise DataError(
@@ -133,8 +133,15 @@ class RemoteFiles:
     def open(self, shard: Shard) -> int:
         return self._cache.open(shard)
 
-    def copy_of(self, shard: Shard) -> Path | None:
-        return self._cache.path(shard)
+    def drop_bad_copy(self, shard: Shard) -> bool:
+        copy = self._cache.path(shard)
+        try:
+            is_bad = sha256_file(copy) != shard.sha256
+        except FileNotFoundError:
+            return True  # another process was faster
+        if is_bad:
+            copy.unlink(missing_ok=True)
+        return is_bad
 
     def prefetch(self, shards: Sequence[Shard]) -> None:
         self._cache.prefetch(shards)

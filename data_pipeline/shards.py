@@ -14,14 +14,12 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from data_pipeline import codec
+from data_pipeline import codec, tar
 from data_pipeline.codec import Encoding
 from data_pipeline.files import sha256_file
 from data_pipeline.fingerprint import fingerprint, sample_digest
 from data_pipeline.index import NO_LABEL, Index, build_index, scan_shard
 from data_pipeline.manifest import Shard
-
-_BLOCK = 512  # tar's unit: a header is one block, payloads are padded to whole blocks
 
 
 @dataclass(frozen=True)
@@ -37,14 +35,13 @@ class EncodedSample:
     @property
     def tar_bytes(self) -> int:
         """The room it takes in a shard."""
-        label_bytes = 0 if self.label == NO_LABEL else 2 * _BLOCK
-        return _BLOCK + -(-len(self.payload) // _BLOCK) * _BLOCK + label_bytes
+        return sum(tar.BLOCK + len(content) + -len(content) % tar.BLOCK for content in self.members.values())
 
     @property
-    def members(self) -> dict[str, str | bytes]:
-        """Its files, as WebDataset's writer takes them."""
-        label: dict[str, str | bytes] = {} if self.label == NO_LABEL else {"cls": str(self.label).encode()}
-        return {"__key__": self.key, self.extension: self.payload, **label}
+    def members(self) -> dict[str, bytes]:
+        """Its files in the tar, by extension."""
+        label = {} if self.label == NO_LABEL else {"cls": str(self.label).encode()}
+        return {**label, self.extension: self.payload}
 
 
 @dataclass(frozen=True)
@@ -129,14 +126,13 @@ def _write_shard(samples: Iterable[EncodedSample], path: Path, extension: str) -
 
 def _write_tar(samples: Iterable[EncodedSample], path: Path) -> list[bytes]:
     """Returns the digests of the samples."""
-    from webdataset import TarWriter  # takes seconds to import, and most commands write nothing
-
     digests = []
     with open(path, "wb") as file:
-        with TarWriter(file, user="", group="", mode=0o644, mtime=0, encoder=False) as tar:
-            for sample in samples:
-                tar.write(sample.members)
-                digests.append(sample.digest)
+        for sample in samples:
+            for extension, content in sample.members.items():
+                file.write(tar.header(f"{sample.key}.{extension}", len(content)) + content + tar.padding(len(content)))
+            digests.append(sample.digest)
+        file.write(tar.end_mark(file.tell()))
         file.flush()
         os.fsync(file.fileno())
     return digests

@@ -341,6 +341,10 @@ def _answer(error: Exception) -> str:
 def _remedy(error: Exception) -> str:
     if isinstance(error, ImportError):
         return "Install what remote data needs: pip install 'diffusion-scaling[remote]'"
+    if _status(error) == 416:
+        return "The file is shorter than its manifest says: upload it anew."
+    if isinstance(error, FileNotFoundError):
+        return "Check the address, or upload it anew."
     return (
         "Check the address, and the credentials in the environment or in fsspec's configuration "
         "(AWS_..., GOOGLE_APPLICATION_CREDENTIALS, FSSPEC_S3_ENDPOINT_URL, FSSPEC_HTTPS)."

@@ -74,7 +74,7 @@ class TrainStream:
         samples = self.order.samples(start, count)
         self._prefetch(start, count)
         read = self._read(samples)
-        damaged = {int(samples[row]): str(error) for row, error in sorted(read.damaged.items())}
+        damaged = {int(samples[row]): error.what for row, error in sorted(read.damaged.items())}
         for row, error in sorted(read.damaged.items()):
             samples[row] = self._replace(int(samples[row]), error, read, row)
         flipped = np.zeros(count, dtype=np.bool_)

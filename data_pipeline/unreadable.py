@@ -15,27 +15,28 @@ class UnreadableReport:
 
     def __init__(self, path: Path, limit: int) -> None:
         self._path, self._limit = path, limit
-        self.lines: list[str] = []
+        self.noted: list[tuple[int, str]] = []  # position in its split, line
         path.unlink(missing_ok=True)
 
-    def add(self, line: str) -> None:
+    def add(self, position: int, line: str) -> None:
         """Add a line.
 
         Raises:
             DataError: there are more than `limit` now.
         """
-        self.extend([" ".join(line.split()).encode("utf-8", "backslashreplace").decode()])  # names hold anything
+        line = " ".join(line.split()).encode("utf-8", "backslashreplace").decode()  # names hold anything
+        self.extend([(position, line)])
 
-    def extend(self, lines: Iterable[str]) -> None:
+    def extend(self, noted: Iterable[tuple[int, str]]) -> None:
         """As `add`, with lines that were in a report already."""
-        for line in lines:
+        for position, line in noted:
             with open(self._path, "a", encoding="utf-8") as file:
                 file.write(f"{line}\n")
-            self.lines.append(line)
-        if len(self.lines) > self._limit:
+            self.noted.append((position, line))
+        if len(self.noted) > self._limit:
             raise DataError(
-                f"{len(self.lines)} images cannot be read, and --max-unreadable is {self._limit}. The last of them:"
-                + "".join(f"\n  {line}" for line in self.lines[-_SHOWN:])
-                + f"\nAll are listed in {self._path}. Mend the originals, or run the same command with a higher "
-                "--max-unreadable: it leaves them out and goes on."
+                f"{len(self.noted)} images cannot be read, and --max-unreadable is {self._limit}. The last of them:"
+                + "".join(f"\n  {line}" for _, line in self.noted[-_SHOWN:])
+                + f"\nAll are listed in {self._path}. Run the same command with a higher --max-unreadable: it leaves "
+                f"them out and goes on. Or mend the originals and begin anew: rm -r {self._path.parent.parent}"
             )

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from data_pipeline.errors import DataError
@@ -21,11 +22,28 @@ from data_pipeline.progress import say
 
 
 @dataclass(frozen=True)
+class Request:
+    """What is being built."""
+
+    command: str  # in the user's words
+    decides: str  # all that decides the result: the command's options and the state of the originals
+
+
+@dataclass(frozen=True)
 class Workspace:
     """Where a folder is being built."""
 
     out: Path
-    root: Path
+
+    @property
+    def root(self) -> Path:
+        """The folder of all the others."""
+        return self.out.parent / f".{self.out.name}.preparing"
+
+    @property
+    def lock(self) -> Path:
+        """The file that is locked."""
+        return self.out.parent / f".{self.out.name}.lock"
 
     @property
     def result(self) -> Path:
@@ -62,21 +80,24 @@ class Workspace:
 
 
 @contextmanager
-def workspace(out: Path, *, request: str | None = None) -> Iterator[Workspace]:
+def workspace(out: Path, *, request: Request | None = None) -> Iterator[Workspace]:
     """Build `out`: removed without a trace unless `publish` was called.
 
     With a `request`, which says all that decides the result, the files of an unfinished result stay, and the next
     workspace with the same request has them.
 
     Raises:
-        DataError: another process is building the same folder, or another request is unfinished there.
+        DataError: another process is building the same folder, another request is unfinished there, or `out` is a
+            mount point.
         OSError: with the workspace's name in it, for instance when the disk is full.
     """
-    out = Path(os.path.abspath(out))
+    out = Path(os.path.realpath(out))  # a link would be replaced, not what it points to
+    if os.path.ismount(out):
+        raise DataError(f"{out} is a mount point, which no folder can replace. Name a folder inside it: {out / 'data'}")
     out.parent.mkdir(parents=True, exist_ok=True)
-    work = Workspace(out, out.parent / f".{out.name}.preparing")
-    with _locked(out.parent / f".{out.name}.lock", out):
-        if request is not None:
+    work = Workspace(out)
+    with _locked(work.lock, out):
+        if request is not None and not _is_over(work):
             _refuse_another(work, request)
         try:
             _clear(work, request)
@@ -92,29 +113,51 @@ def workspace(out: Path, *, request: str | None = None) -> Iterator[Workspace]:
                 shutil.rmtree(work.root, ignore_errors=True)
 
 
-def _refuse_another(work: Workspace, request: str) -> None:
+def _refuse_another(work: Workspace, request: Request) -> None:
     """Hours of another command's work are not ours to remove; an hour's first minutes, with nothing noted, are."""
-    if _has_files(work.journal) and _requested(work) != request:
+    noted = _requested(work)
+    if not _has_files(work.journal) or noted.decides == request.decides:
+        return
+    if noted.command == request.command:
         raise DataError(
-            f"{work.root} holds what another command has done so far of {work.out} (see {work.root / 'request'}). "
-            f"Finish that one, choose another --out, or give it up: rm -r {work.root}"
+            f"the originals have changed since {work.root} was begun, and what is done there was made from the old "
+            f"ones. To begin anew with those of now: rm -r {work.root}"
         )
+    raise DataError(
+        f"{work.root} holds what another command has done so far of {work.out} (see {work.root / 'request'}). "
+        f"Finish that one, choose another --out, or give it up: rm -r {work.root}"
+    )
 
 
-def _requested(work: Workspace) -> str | None:
-    noted = work.root / "request"
-    return noted.read_text() if noted.exists() else None
+def _requested(work: Workspace) -> Request:
+    try:
+        return Request(**json.loads((work.root / "request").read_text()))
+    except (FileNotFoundError, ValueError, TypeError):  # TypeError, ValueError: of an earlier version
+        return Request("", "")
 
 
-def _clear(work: Workspace, request: str | None) -> None:
+def _clear(work: Workspace, request: Request | None) -> None:
     """Make the folders, with the unfinished result of the same request if there is one."""
-    if request is None or _requested(work) != request:
+    if request is None or _requested(work).decides != request.decides or _is_over(work):
         shutil.rmtree(work.root, ignore_errors=True)
     shutil.rmtree(work.scratch, ignore_errors=True)
     for folder in (work.scratch, work.result, work.journal):
         folder.mkdir(parents=True, exist_ok=True)
     if request is not None:
-        write_atomic(work.root / "request", request)
+        write_atomic(work.root / "request", json.dumps(asdict(request), indent=2))
+
+
+def clear_leftovers(out: Path) -> None:
+    """Remove what a process left that died between publishing `out` and the end of its workspace."""
+    work = Workspace(Path(os.path.realpath(out)))
+    if (work.root.exists() or work.lock.exists()) and _is_over(work):
+        with suppress(DataError, OSError), _locked(work.lock, out):  # a living process removes it by itself
+            shutil.rmtree(work.root, ignore_errors=True)
+
+
+def _is_over(work: Workspace) -> bool:
+    """Whether there is no unfinished result: it was published, or is being removed."""
+    return not work.result.exists()
 
 
 def _has_files(folder: Path) -> bool:

@@ -59,7 +59,7 @@ class DataConfig(Section):
     num_workers: int = Field(0, ge=0, le=64)  # processes that make batches; 0: a thread of the training process
     prefetch: int = Field(2, ge=1, le=64)  # batches kept ready ahead of the training step
     on_damage: Literal["error", "replace"] = "error"  # a damaged sample ends the run, or another takes its place
-    max_damaged: int = Field(100, ge=1)  # damaged samples a process replaces before it ends the run after all
+    max_damaged: int = Field(100, ge=1)  # damaged samples that a process replaces, from start to stop
     remote: RemoteConfig = RemoteConfig()
 
 

@@ -6,8 +6,12 @@ num_workers-th one; what they are does not depend on who makes them.
 
 from __future__ import annotations
 
+import atexit
 import math
+import multiprocessing
+import os
 import signal
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -17,7 +21,6 @@ from typing import Any, Protocol
 from torch.utils.data import DataLoader, Dataset
 
 from data_pipeline.errors import UserError
-from trainer.processes import GRACE_SECONDS
 from trainer.step_inputs import StepInputs
 
 
@@ -33,7 +36,7 @@ class WorkerSteps:
     At most max(prefetch, num_workers) items are made ahead. `wait_seconds` is the time the consumer has spent waiting.
 
     Raises:
-        UserError: what `make` raised, where its item would have come; or a worker died.
+        UserError, OSError: what `make` raised, where its item would have come; or a worker died.
     """
 
     def __init__(
@@ -41,14 +44,20 @@ class WorkerSteps:
     ) -> None:
         self.wait_seconds = 0.0
         self._num_workers = num_workers
+        # DataLoader has a dead worker raise wherever the main thread is, in a save even; `next` finds it as well.
+        is_main = threading.current_thread() is threading.main_thread()
+        before = signal.getsignal(signal.SIGCHLD)
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=".*worker processes in total")  # the user's number stands
             loader = DataLoader(
                 _Steps(open_maker), batch_size=None, sampler=starts, num_workers=num_workers, pin_memory=pin,
-                prefetch_factor=math.ceil(prefetch / num_workers), worker_init_fn=_leave_signals_to_the_parent,
+                prefetch_factor=math.ceil(prefetch / num_workers), worker_init_fn=_live_and_die_with_the_parent,
                 multiprocessing_context="spawn",  # a fork would inherit the run's locks, sockets and device
             )  # fmt: skip
             self._items: Any = iter(loader)
+        if is_main:
+            signal.signal(signal.SIGCHLD, before)
+        atexit.register(self.close)  # multiprocessing would wait for the workers at exit
 
     def __iter__(self) -> Iterator[StepInputs]:
         return self
@@ -58,26 +67,27 @@ class WorkerSteps:
         if self._items is None:
             raise StopIteration
         try:
-            item: StepInputs | UserError = next(self._items)
+            item: StepInputs | UserError | OSError = next(self._items)
         except RuntimeError as error:
             raise UserError(
-                f"a data worker died: {error} With data.num_workers={self._num_workers} each holds some batches in "
+                f"a data worker died: {error}. With data.num_workers={self._num_workers} each holds some batches in "
                 "shared memory (/dev/shm; docker run --shm-size): give it more, or take fewer workers."
             ) from None
         finally:
             self.wait_seconds += time.perf_counter() - began
-        if isinstance(item, UserError):
+        if isinstance(item, UserError | OSError):
             raise item
         return item
 
     def close(self) -> None:
         """End the workers. May be called again."""
+        atexit.unregister(self.close)
         items, self._items = self._items, None
         if items is not None:
-            # DataLoader itself waits until nothing holds its iterator; the traceback of an error does.
-            items._shutdown_workers()
             for worker in items._workers:
-                worker.kill()  # one that is stuck
+                worker.kill()  # it may be waiting for a server
+            # DataLoader itself would wait until nothing holds its iterator; the traceback of an error does.
+            items._shutdown_workers()
 
     def __enter__(self) -> WorkerSteps:
         return self
@@ -88,23 +98,30 @@ class WorkerSteps:
         self.close()
 
 
-class _Steps(Dataset[StepInputs | UserError]):
+class _Steps(Dataset[StepInputs | UserError | OSError]):
     """What DataLoader knows as a data set: item number n is the inputs of the step that begins at image n."""
 
     def __init__(self, open_maker: Callable[[], Maker]) -> None:
         self._open_maker = open_maker
         self._maker: Maker | None = None  # opened in the worker
 
-    def __getitem__(self, nimg: int) -> StepInputs | UserError:
+    def __getitem__(self, nimg: int) -> StepInputs | UserError | OSError:
         try:
             self._maker = self._maker or self._open_maker()
             return self._maker.make(nimg)
-        except UserError as error:
-            return error  # DataLoader would wrap it into a traceback
+        except (UserError, OSError) as error:
+            return error  # DataLoader would make a traceback of it, and lose the file's name
 
 
-def _leave_signals_to_the_parent(_: int) -> None:
-    """A stop request reaches the whole group of processes; the parent still needs batches until it has saved."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(math.ceil(GRACE_SECONDS)))  # it has no longer than that
+def _live_and_die_with_the_parent(_: int) -> None:
+    """A stop request reaches the whole group of processes: the parent, which may still need batches, ends us."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_end_with_the_parent, daemon=True).start()
+
+
+def _end_with_the_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()  # returns at once if it died while we were starting
+    os._exit(1)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import posixpath
 import struct
-import tarfile
 import zipfile
 import zlib
 from collections.abc import Iterable, Iterator
@@ -19,10 +18,12 @@ import numpy as np
 from numpy.typing import NDArray
 from tqdm import tqdm
 
+from data_pipeline import tar
 from data_pipeline.errors import DataError
 from data_pipeline.progress import progress_bar
 
 ARCHIVES = (".tar", ".zip")
+_MAX_INFLATED = 1 << 28  # bytes: an 8-bit RGB image at Pillow's limit of pixels
 _ZIP_HEADER = struct.Struct("<26xHH")  # of a member: the lengths of its name and of its extra field
 
 
@@ -65,7 +66,21 @@ class Members:
             content = file.read(size) or b""
         if len(content) != size:
             raise OSError(f"the archive ends before it: {len(content):,} of {size:,} bytes")
-        return zlib.decompress(content, wbits=-zlib.MAX_WBITS) if self.deflated[position] else content
+        return _inflated(content) if self.deflated[position] else content
+
+
+def _inflated(content: bytes) -> bytes:
+    """Raises a zlib.error where the end is missing, or lies beyond what one image may have."""
+    inflating = zlib.decompressobj(wbits=-zlib.MAX_WBITS)
+    inflated = inflating.decompress(content, _MAX_INFLATED)
+    if not inflating.eof:
+        raise zlib.error(f"it is cut short, or inflates to more than {_MAX_INFLATED:,} bytes")
+    return inflated
+
+
+def _relative(name: str) -> str:
+    """A member's name from the archive's root on; neither `/` nor `..` leads out of it."""
+    return posixpath.normpath(f"/{name}").lstrip("/")
 
 
 def archive_places(path: Path) -> Iterator[Place]:
@@ -99,26 +114,18 @@ def tar_places(file: RawIOBase, name: str, start: int, end: int, bar: tqdm[Any] 
     `name` is the archive's, for errors; `bar` counts the bytes that were passed.
 
     Raises:
-        DataError: it is no plain tar, or cut short.
+        DataError: it is no plain tar, damaged, or cut short.
     """
-    cut = DataError(f"{name} is cut short or damaged: it has no proper end. Get it again, and compare its size.")
     passed = start
-    file.seek(start)
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
-            while (entry := tar.next()) is not None:
-                tar.members = []  # type: ignore[attr-defined]  # it would keep them all, a kilobyte each
-                if entry.offset_data + entry.size > end:
-                    raise cut
-                if bar is not None:
-                    bar.update(entry.offset_data + entry.size - passed)
-                    passed = entry.offset_data + entry.size
-                if entry.isreg():
-                    yield Place(posixpath.normpath(entry.name), entry.offset_data, entry.size)
-            file.seek(tar.offset)  # the end mark is a block of zeros; a cut between two members leaves none
-            if file.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise cut
-    except tarfile.TarError as error:
+        for entry in tar.walk(file, start, end):
+            if bar is not None:
+                bar.update(max(0, entry.offset + entry.size - passed))  # a hard link's content lies further back
+                passed = max(passed, entry.offset + entry.size)
+            yield Place(_relative(entry.name), entry.offset, entry.size)
+    except tar.CutTarError as error:
+        raise DataError(f"{name} is cut short or damaged: {error}. Get it again, and compare its size.") from None
+    except tar.DamagedTarError as error:
         raise DataError(
             f"{name} is no plain tar archive, or damaged ({error}). Unpack one that is compressed as a whole (.tar.gz) "
             "with gunzip; else get it again."
@@ -144,6 +151,6 @@ def zip_places(path: Path) -> Iterator[Place]:
                 file.seek(entry.header_offset)
                 start = entry.header_offset + _ZIP_HEADER.size + sum(_ZIP_HEADER.unpack(file.read(_ZIP_HEADER.size)))
                 deflated = entry.compress_type == zipfile.ZIP_DEFLATED
-                yield Place(posixpath.normpath(entry.filename), start, entry.compress_size, deflated)
+                yield Place(_relative(entry.filename), start, entry.compress_size, deflated)
     except (zipfile.BadZipFile, struct.error) as error:
         raise DataError(f"{path} is damaged or no zip archive ({error}): get it again.") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -68,6 +68,13 @@ class Source(ABC):
     @abstractmethod
     def options(self) -> dict[str, str | int | float | bool]:
         """All that decides which images come out; must be quick, it says whether a folder is up to date."""
+
+    def files(self) -> Iterable[str]:
+        """Paths of the files that the images come from, where somebody may change them between two runs; quick, too.
+
+        An unfinished result is gone on with only while their sizes and times of change stay the same.
+        """
+        return ()
 
     @abstractmethod
     def split_names(self) -> list[str]:

@@ -15,9 +15,10 @@ import hashlib
 import re
 import tarfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import isqrt
+from math import isqrt, prod
 from pathlib import Path
 from typing import IO, Any
 
@@ -36,6 +37,7 @@ CLASS_MAP = "map_clsloc.txt"
 _BATCH = re.compile(r"(?:train_data_batch_(\d+)|val_data)(?:\.npz)?")
 _ARCHIVE = re.compile(r"imagenet\d+_.*", re.IGNORECASE)  # such as Imagenet64_train_part1.zip
 _BLOCK = 1 << 20
+_DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, EOFError, RuntimeError)  # the last: encrypted or rare
 
 
 @dataclass(frozen=True)
@@ -95,9 +97,11 @@ class DownsampledImageNet(Source):
         return cls(args.origin)
 
     def options(self) -> dict[str, str | int | float | bool]:
-        files = [*_batches(self.path), *_archives(self.path), *self.path.glob(CLASS_MAP)]
-        listing = "".join(f"{file.name}\0{file.stat().st_size}\n" for file in files)
-        return {"files_sha256": hashlib.sha256(listing.encode()).hexdigest()}
+        listing = "".join(f"{file.name}\0{file.stat().st_size}\n" for file in map(Path, self.files()))
+        return {"files_sha256": hashlib.sha256(listing.encode("utf-8", "surrogateescape")).hexdigest()}
+
+    def files(self) -> list[str]:
+        return [str(file) for file in (*_batches(self.path), *_archives(self.path), *self.path.glob(CLASS_MAP))]
 
     def split_names(self) -> list[str]:
         return ["train", "test"]
@@ -173,7 +177,7 @@ def _unpacked(archive: Path, workspace: Path) -> Iterator[Path]:
                     content = tar.extractfile(entry)
                     if content and _BATCH.fullmatch(name := entry.name.rpartition("/")[2]):
                         yield _copied(content, place / name, entry.size)
-    except (zipfile.BadZipFile, tarfile.TarError, EOFError) as error:
+    except _DAMAGED as error:
         raise DataError(f"{archive} is damaged ({error}): get it again.") from None
 
 
@@ -194,19 +198,26 @@ def _read(path: Path, workspace: Path) -> Batch:
         DataError: it is damaged or of another layout.
     """
     content = _npz(path, workspace) if path.suffix == ".npz" else map_pickle(path)
-    try:
-        data, labels = content["data"], np.asarray(content["labels"])
-    except (KeyError, TypeError, IndexError):
-        raise DataError(f"{path} has no `data` and `labels`: it is no batch of the downsampled ImageNet.") from None
-    size = isqrt(data.shape[-1] // 3)
-    if data.dtype != np.uint8 or data.ndim != 2 or data.shape[1] != 3 * size * size or labels.shape != data.shape[:1]:
+    if not {"data", "labels"} <= content.keys():
+        raise DataError(f"{path} has no `data` and `labels`: it is no batch of the downsampled ImageNet.")
+    data, labels = np.asarray(content["data"]), np.asarray(content["labels"])
+    if not _is_batch(data, labels):
         raise DataError(
-            f"{path}: expected data of uint8 [n, 3 * S * S] and n labels, found {data.dtype} {list(data.shape)} and "
-            f"{list(labels.shape)} labels."
+            f"{path}: expected data of uint8 [n, 3 * S * S] and n labels, whole numbers, with n and S at least 1; "
+            f"found {data.dtype} {list(data.shape)} and {list(labels.shape)} labels of {labels.dtype}."
         )
     if labels.min() < 1 or labels.max() > NUM_CLASSES:
         raise DataError(f"{path}: labels run from {labels.min()} to {labels.max()}, expected 1 to {NUM_CLASSES}.")
     return Batch(data, labels.astype(np.int64) - 1)
+
+
+def _is_batch(data: NDArray[Any], labels: NDArray[Any]) -> bool:
+    if data.dtype != np.uint8 or data.ndim != 2 or 0 in data.shape:
+        return False
+    size = isqrt(data.shape[1] // 3)
+    return (
+        data.shape[1] == 3 * size * size and labels.shape == data.shape[:1] and np.issubdtype(labels.dtype, np.integer)
+    )
 
 
 def _npz(path: Path, workspace: Path) -> dict[str, NDArray[Any]]:
@@ -217,17 +228,25 @@ def _npz(path: Path, workspace: Path) -> dict[str, NDArray[Any]]:
         if name not in ("data", "labels"):
             continue
         if place.deflated:
-            with zipfile.ZipFile(path) as archive:
-                size = archive.getinfo(place.name).file_size
-                copy = _copied(archive.open(place.name), workspace / f"{path.stem}-{place.name}", size)
-            arrays[name] = _mapped(copy, 0)
+            copy = _inflated(path, place.name, workspace)
+            arrays[name] = _mapped(copy, 0, copy.stat().st_size)
         else:
-            arrays[name] = _mapped(path, place.offset)
+            arrays[name] = _mapped(path, place.offset, place.size)
     return arrays
 
 
-def _mapped(path: Path, offset: int) -> NDArray[Any]:
-    """The array of a NumPy file that starts at a byte of `path`, mapped read-only."""
+def _inflated(path: Path, member: str, workspace: Path) -> Path:
+    """A copy of a compressed member of an npz file."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            size = archive.getinfo(member).file_size
+            return _copied(archive.open(member), workspace / f"{path.stem}-{member}", size)
+    except (*_DAMAGED, KeyError) as error:
+        raise DataError(f"{path} is damaged ({error}): get it again.") from None
+
+
+def _mapped(path: Path, offset: int, num_bytes: int) -> NDArray[Any]:
+    """The array of a NumPy file that lies in `num_bytes` bytes of `path` from `offset` on, mapped read-only."""
     formats = np.lib.format
     try:
         with open(path, "rb") as file:
@@ -238,9 +257,11 @@ def _mapped(path: Path, offset: int) -> NDArray[Any]:
             start = file.tell()
         if dtype.hasobject:
             raise ValueError("Python objects")
+        if min(shape, default=1) < 0 or start + prod(shape) * dtype.itemsize > offset + num_bytes:
+            raise ValueError(f"an array {list(shape)} of {dtype} in {num_bytes:,} bytes")
         mapped = np.memmap(path, dtype, mode="r", offset=start, shape=shape, order="F" if fortran_order else "C")
         return mapped.view(np.ndarray)
-    except (ValueError, OSError) as error:
+    except (ValueError, TypeError, OverflowError, OSError) as error:
         raise DataError(f"{path} is damaged or holds no plain arrays ({error}): get it again.") from None
 
 
@@ -253,7 +274,7 @@ def _class_names(folder: Path) -> list[str]:
     path = folder / CLASS_MAP
     if not path.is_file():
         return [f"{CLASS_MAP} {number}" for number in range(1, NUM_CLASSES + 1)]
-    rows = [line.split() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    rows = [line.split() for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if line.strip()]
     if [row[1:2] for row in rows] != [[str(number)] for number in range(1, NUM_CLASSES + 1)]:
         raise DataError(f"{path}: expected {NUM_CLASSES:,} lines such as 'n02119789 1 kit_fox', numbered in order.")
     return [" ".join((row[0], *row[2:])).replace("_", " ") for row in rows]

@@ -43,7 +43,7 @@ class GeneratedSplit:
 
 @dataclass(frozen=True)
 class Generated(Source):
-    """The command line's `generated`."""
+    """Small generated colour images, for tests and trial runs: nothing is downloaded."""
 
     size: int
     num_train: int

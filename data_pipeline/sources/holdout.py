@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from data_pipeline.errors import DataError
-from data_pipeline.sources.hash_order import hash_order
+from data_pipeline.sources.hash_order import in_share
 
 DEFAULT_HOLDOUT = 0.1
 
@@ -17,7 +17,7 @@ DEFAULT_HOLDOUT = 0.1
 def add_arguments(parser: argparse.ArgumentParser, *, test: str, metavar: str) -> None:
     """Declare `--holdout` and `--test`, of which one may be given."""
     parser.add_argument("--test", metavar=metavar, help=f"{test} (instead of --holdout)")
-    parser.add_argument("--holdout", type=float, help=f"share held out as test/ (default {DEFAULT_HOLDOUT:g})")
+    parser.add_argument("--holdout", type=float, help=f"share held out as test/, about (default {DEFAULT_HOLDOUT:g})")
 
 
 def from_arguments(args: argparse.Namespace) -> float:
@@ -37,16 +37,16 @@ def from_arguments(args: argparse.Namespace) -> float:
 
 
 def held_out(names: Sequence[str], share: float, *, origin: str) -> NDArray[np.bool_]:
-    """[n]: whether each is held out; chosen by a hash of its name, so that it does not change with the others.
+    """[n]: whether each is held out. A hash of its own name alone decides, so it never changes with the others.
 
     Raises:
-        DataError: there are too few; `origin` says where they come from.
+        DataError: none is held out of a share above 0, or all are; `origin` says where they come from.
     """
-    num_test = round(share * len(names))
-    if share > 0:
-        num_test = max(num_test, 1)
-    if num_test >= len(names):
-        raise DataError(f"{origin} holds only {len(names)} images: too few to hold out {share:g} of all.")
-    chosen = np.zeros(len(names), dtype=np.bool_)
-    chosen[hash_order(names)[:num_test]] = True
+    chosen = in_share(names, share)
+    num_test = int(chosen.sum())
+    if num_test == len(names) or (share > 0 and num_test == 0):
+        raise DataError(
+            f"{origin}: --holdout {share:g} holds out {num_test} of {len(names)} images (a hash of each name decides). "
+            "There are too few for that share: try another, give test images with --test, or none with --holdout 0."
+        )
     return chosen

@@ -5,7 +5,8 @@ from __future__ import annotations
 import argparse
 import hashlib
 import os
-from collections.abc import Sequence
+import posixpath
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,8 +20,16 @@ from data_pipeline.sources import holdout
 from data_pipeline.sources.archives import ARCHIVES, Members, Place, archive_places
 from data_pipeline.sources.base import Collection, Source
 from data_pipeline.sources.hash_order import hash_order
+from data_pipeline.sources.names import printable
 from data_pipeline.sources.originals import EXTENSIONS as EXTENSIONS
-from data_pipeline.sources.originals import LooseFiles, Originals, OriginalsSplit, enlargement_remarks, is_image
+from data_pipeline.sources.originals import (
+    LooseFiles,
+    Originals,
+    OriginalsSplit,
+    enlargement_remarks,
+    is_dangling,
+    is_image,
+)
 from data_pipeline.sources.sizing import Sizing
 
 LABELLINGS = ("auto", "folder", "prefix", "none")
@@ -41,7 +50,8 @@ class Pictures:
     def originals(self) -> Originals:
         """The images, found and listed."""
         if self._is_archive:
-            places = _below_one_folder([place for place in archive_places(self.path) if is_image(place.name)])
+            places = [place for place in archive_places(self.path) if is_image(place.name)]
+            places = _without_enclosing_folders(places, self.path.stem)
             found: Originals = Members.of([self.path], ((0, place) for place in sorted(places)))
         elif self.path.is_dir():
             found = LooseFiles(self.path, list_images(self.path))
@@ -52,14 +62,20 @@ class Pictures:
             raise DataError(f"{self.flag} {self.path} holds no images (files ending in {', '.join(EXTENSIONS)}).")
         return found
 
+    @property
+    def files(self) -> Iterator[tuple[str, str]]:
+        """Name and path of every file; of an archive, its own."""
+        if self._is_archive and self.path.is_file():
+            yield self.path.name, str(self.path)
+        else:
+            yield from ((name, f"{self.path}/{name}") for name in self.originals.names)
+
     @cached_property
     def digest(self) -> str:
         """Hex sha256 of all names and sizes; of an archive, of its own name and size."""
         listing = hashlib.sha256()
-        single = self._is_archive and self.path.is_file()
-        root, names = (self.path.parent, [self.path.name]) if single else (self.path, self.originals.names)
-        for name in names:
-            listing.update(f"{name}\0{os.stat(f'{root}/{name}').st_size}\n".encode("utf-8", "surrogateescape"))
+        for name, path in self.files:
+            listing.update(f"{name}\0{_size(path)}\n".encode("utf-8", "surrogateescape"))
         return listing.hexdigest()
 
     def classes(self, labelling: str) -> list[str] | None:
@@ -86,22 +102,62 @@ class Pictures:
         return prefix
 
 
-def _below_one_folder(places: list[Place]) -> list[Place]:
-    """Without the one folder that encloses all, where there is one: archives are often packed so."""
-    tops = {place.name.partition("/")[0] if "/" in place.name else "" for place in places}
-    if len(tops) != 1 or tops == {""}:
-        return places
-    return [place._replace(name=place.name.partition("/")[2]) for place in places]
+def _size(path: str) -> int:
+    """Bytes of a file; 0 of a link that leads nowhere."""
+    try:
+        return os.stat(path).st_size
+    except FileNotFoundError:
+        if is_dangling(path):
+            return 0
+        raise
+
+
+def _without_enclosing_folders(places: list[Place], archive: str) -> list[Place]:
+    """Without the folders that enclose all images: archives are often packed so.
+
+    A single folder of images stays, as their class, unless it has the archive's own name (train_64x64.tar).
+    """
+    folders = {posixpath.dirname(place.name) for place in places}
+    shared = posixpath.commonpath(folders) if folders else ""
+    if len(folders) == 1 and posixpath.basename(shared) != archive:
+        shared = posixpath.dirname(shared)
+    start = len(shared) + 1 if shared else 0
+    return [place._replace(name=place.name[start:]) for place in places]
 
 
 def list_images(folder: Path) -> list[str]:
-    """All images below a folder, relative to it, sorted; hidden files and folders are passed over."""
-    found = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        within = "" if parent == str(folder) else f"{os.path.relpath(parent, folder)}/"
-        found += [within + name for name in names if is_image(name)]
-    return sorted(found)
+    """All images below a folder, relative to it, sorted; hidden files and folders are passed over.
+
+    Links are followed. One that leads nowhere is listed too, if it is named as an image: reading it will fail.
+
+    Raises:
+        DataError: a folder cannot be read.
+    """
+    try:
+        return sorted(_images_below(str(folder), "", frozenset()))
+    except OSError as error:
+        raise DataError(f"{error.filename} cannot be read ({error.strerror}): its images would be missing.") from None
+
+
+def _images_below(folder: str, within: str, above: frozenset[tuple[int, int]]) -> Iterator[str]:
+    """Images of a folder called `within`; `above` are the (device, inode) of the folders around it.
+
+    A link back to one of these leads in a circle and is not followed.
+    """
+    status = os.stat(folder)
+    here = (status.st_dev, status.st_ino)
+    if here in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from _images_below(entry.path, f"{within}{entry.name}/", above | {here})
+            elif is_image(entry.name) and (entry.is_file() or is_dangling(entry)):  # no pipes, no devices
+                yield within + entry.name
+            elif "." not in entry.name and is_dangling(entry):
+                raise DataError(f"{entry.path} is a link that leads nowhere and may be a class: mend or remove it.")
 
 
 @dataclass(frozen=True)
@@ -118,7 +174,7 @@ class ImageFolder(Source):
     @property
     def name(self) -> str:
         path = self.train.path.resolve()
-        return path.stem if path.suffix.lower() in ARCHIVES else path.name
+        return printable(path.stem if path.suffix.lower() in ARCHIVES else path.name)
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
@@ -128,7 +184,7 @@ class ImageFolder(Source):
         parser.add_argument(
             "--labels", choices=LABELLINGS, default="auto",
             help='folder: the first folder\'s name is the class; prefix: the file name up to the first "_"; '
-            "auto: folder if there are any, else none (default)",
+            "none: no classes, unlabelled; auto: folder if there are any, else none (default)",
         )  # fmt: skip
         holdout.add_arguments(parser, test="a folder, .tar or .zip of test images", metavar="DIR")
         Sizing.add_arguments(parser)
@@ -148,6 +204,11 @@ class ImageFolder(Source):
             options["labels"] = self.labelling
         return options
 
+    def files(self) -> Iterator[str]:
+        for pictures in (self.train, self.test):
+            if pictures:
+                yield from (path for _, path in pictures.files)
+
     def split_names(self) -> list[str]:
         return ["train", "test"] if self.test or self.holdout > 0 else ["train"]
 
@@ -166,8 +227,8 @@ class ImageFolder(Source):
                 for name in self.split_names()
             }
         return Collection(
-            image_size=self.sizing.size, class_names=class_names, preprocessing=self.sizing.stored_name,
-            origin=f"folder {self.name}", splits=dict(splits),
+            image_size=self.sizing.size, class_names=[printable(name) for name in class_names],
+            preprocessing=self.sizing.stored_name, origin=f"folder {self.name}", splits=dict(splits),
             remarks=lambda: enlargement_remarks(splits, self.sizing.size),
         )  # fmt: skip
 

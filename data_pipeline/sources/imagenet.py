@@ -2,8 +2,8 @@
 
 A class's number is the rank of its WordNet id among the sorted 1,000, as everywhere in the field. The order hangs on
 the photos' names alone (training: classes mixed, see hash_order.py; validation: by name), so archives and folders give
-the same data set. EXIF rotation is not applied: it never was in
-published work on ImageNet, and its reference statistics are of the photos as stored.
+the same data set. EXIF rotation is not applied: it never was in published work on ImageNet, and its reference
+statistics are of the photos as stored.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from data_pipeline.sources.base import Collection, Source
 from data_pipeline.sources.hash_order import hash_order
 from data_pipeline.sources.image_folder import list_images
 from data_pipeline.sources.imagenet_labels import WNID, ValidationLabels, read_labels
+from data_pipeline.sources.names import printable
 from data_pipeline.sources.originals import LooseFiles, Originals, OriginalsSplit, enlargement_remarks, is_image
 from data_pipeline.sources.sizing import Sizing
 
@@ -83,15 +84,32 @@ class ImageNet(Source):
 
     @cached_property
     def _identities(self) -> dict[str, str]:
+        return {name: _identity(path, self._listed[path]) for name, path in self._paths.items()}
+
+    @property
+    def _paths(self) -> dict[str, Path]:
         paths = {"train": self.train, "val": self.val, "devkit": self.devkit}
-        return {name: _identity(path) for name, path in paths.items() if path}
+        return {name: path for name, path in paths.items() if path}
+
+    @cached_property
+    def _listed(self) -> dict[Path, list[str]]:
+        """What lies in the folders among the paths; a million names take a while."""
+        return {path: _listing(path) for path in self._paths.values()}
+
+    def files(self) -> Iterator[str]:
+        for path in self._paths.values():
+            yield from (f"{path}/{name}" for name in self._listed[path]) if path.is_dir() else [str(path)]
 
     def split_names(self) -> list[str]:
         return ["train", "test"]
 
     def open(self, workspace: Path) -> Collection:
         kit = read_labels(self.devkit) if self.devkit else None
-        photos = {"train": _train_photos(self.train), "test": _val_photos(self.val, kit)}
+        photos = {
+            "train": _train_photos(self.train, self._listed[self.train]),
+            "test": _val_photos(self.val, self._listed[self.val], kit),
+        }
+        self._check_classes(photos)
         words = kit.words if kit else {}
         wnids = sorted(set(words).union(*(classes for _, classes in photos.values())))
         _warn_of_missing(wnids, photos)
@@ -105,10 +123,20 @@ class ImageNet(Source):
             image_size=self.sizing.size,
             class_names=[f"{wnid} {words[wnid]}" if wnid in words else wnid for wnid in wnids],
             preprocessing=self.sizing.stored_name,
-            origin=f"{self.train.name}; test/ is the validation set, {self.val.name}",
+            origin=printable(f"{self.train.name}; test/ is the validation set, {self.val.name}"),
             splits=dict(splits),
             remarks=lambda: enlargement_remarks(splits, self.sizing.size),
         )
+
+    def _check_classes(self, photos: dict[str, Photos]) -> None:
+        """Refuse labels of another set: they would add classes of their own."""
+        unknown = sorted(set(photos["test"][1]) - set(photos["train"][1]))
+        if unknown:
+            labels = f" with --devkit {self.devkit}" if self.devkit else ""
+            raise DataError(
+                f"--val {self.val}{labels}: class {unknown[0]} does not occur among the training photos, "
+                f"{self.train} ({len(unknown)} such). Photos and labels must be of one set of classes."
+            )
 
 
 def _found(folder: Path | None, places: tuple[str, ...]) -> Path | None:
@@ -125,11 +153,18 @@ def _wanted(flag: str, given: Path | None, folder: Path | None, places: tuple[st
     return path
 
 
-def _identity(path: Path) -> str:
-    """What a path holds, without its place: an archive's name and size, or a digest of the names below a folder."""
+def _listing(path: Path) -> list[str]:
+    """The class archives in a folder, or the images below it, or else all files; by name. Of a file, nothing."""
     if path.is_file():
-        return f"{path.name}, {path.stat().st_size} bytes"
-    names = _class_tars(path) or list_images(path) or sorted(file.name for file in path.rglob("*"))
+        return []
+    files = (file.relative_to(path).as_posix() for file in path.rglob("*") if file.is_file())
+    return _class_tars(path) or list_images(path) or sorted(files)
+
+
+def _identity(path: Path, names: list[str]) -> str:
+    """What a path holds, without its place: an archive's name and size, or a digest of the `names` below a folder."""
+    if path.is_file():
+        return f"{printable(path.name)}, {path.stat().st_size} bytes"
     return "files " + hashlib.sha256("\n".join(names).encode("utf-8", "surrogateescape")).hexdigest()
 
 
@@ -145,8 +180,8 @@ def _warn_of_missing(wnids: list[str], photos: dict[str, Photos]) -> None:
         say(f"warning: classes are numbered 0 to {len(wnids) - 1} among those found, not as in all of ImageNet")
 
 
-def _train_photos(path: Path) -> Photos:
-    """The training photos: a tar of class tars, a folder of class tars, or class folders.
+def _train_photos(path: Path, listed: list[str]) -> Photos:
+    """The training photos: a tar of class tars, or a folder that holds the `listed` class tars or photos.
 
     Raises:
         DataError: it is none of these.
@@ -161,7 +196,7 @@ def _train_photos(path: Path) -> Photos:
             for place in archive_places(path / name)
         )
         return _members([path / name for name in tars], found, f"--train {path}")
-    return _class_folders(path, "--train")
+    return _class_folders(path, listed, "--train")
 
 
 def _class_tars(folder: Path) -> list[str]:
@@ -183,18 +218,18 @@ def _nested(path: Path) -> Iterator[tuple[str, Place]]:
             yield from ((wnid, photo) for photo in inside)
 
 
-def _val_photos(path: Path, labels: ValidationLabels | None) -> Photos:
+def _val_photos(path: Path, listed: list[str], labels: ValidationLabels | None) -> Photos:
     """The validation photos: a tar or a folder, of class folders or flat with `labels`.
 
     Raises:
         DataError: they are flat and there are no labels for them.
     """
     if path.is_file():
-        places = list(archive_places(path))
+        places = [place for place in archive_places(path) if is_image(place.name)]
         return _members([path], ((0, _val_class(place.name, labels, path), place) for place in places), f"--val {path}")
-    names = list_images(path)
+    names = [name for name in listed if is_image(name)]
     if any("/" in name for name in names):
-        return _class_folders(path, "--val")
+        return _class_folders(path, names, "--val")
     classes = [_val_class(name, labels, path) for name in names]
     return _sorted_files(path, names, classes, "--val")
 
@@ -218,8 +253,8 @@ def _members(paths: list[Path], found: Iterator[tuple[int, str, Place]], origin:
     return Members.of(paths, ((number, place) for number, _, place in rows)), [wnid for _, wnid, _ in rows]
 
 
-def _class_folders(path: Path, flag: str) -> Photos:
-    names = list_images(path)
+def _class_folders(path: Path, listed: list[str], flag: str) -> Photos:
+    names = [name for name in listed if is_image(name)]
     classes = [name.partition("/")[0] for name in names]
     strange = next((name for name, wnid in zip(names, classes, strict=True) if not WNID.fullmatch(wnid)), None)
     if strange is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 import multiprocessing
+import os
 import struct
 import warnings
 import zlib
@@ -22,8 +23,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from data_pipeline import codec
+from data_pipeline.errors import DataError
 from data_pipeline.resize import to_rgb
 from data_pipeline.sources.base import UnreadableImageError
+from data_pipeline.sources.names import printable
 from data_pipeline.sources.sizing import Sizing
 
 EXTENSIONS = (
@@ -54,6 +57,11 @@ def is_image(name: str) -> bool:
     return name.lower().endswith(EXTENSIONS) and not any(part.startswith(".") for part in name.split("/"))
 
 
+def is_dangling(path: os.PathLike[str] | str) -> bool:
+    """Whether a file is a link to one that is not there."""
+    return os.path.islink(path) and not os.path.exists(path)
+
+
 class Originals(Protocol):
     """Encoded images in a fixed order."""
 
@@ -75,7 +83,13 @@ class LooseFiles:
     names: list[str]  # relative to root
 
     def read(self, position: int) -> bytes:
-        return (self.root / self.names[position]).read_bytes()
+        path = self.root / self.names[position]
+        try:
+            return path.read_bytes()
+        except FileNotFoundError:
+            if is_dangling(path):
+                raise ValueError("it is a link that leads nowhere") from None
+            raise
 
 
 class Counter:
@@ -113,7 +127,12 @@ class OriginalsSplit:
             image = open_original(self.originals.read(row), upright=self.upright)
             pixels = self.sizing(image)
         except _DAMAGE as error:
-            raise UnreadableImageError(f"{self.originals.names[row]}: {error}") from None
+            if isinstance(error, OSError) and error.errno is not None:  # the disk's, not the decoder's
+                raise DataError(
+                    f"{printable(self.originals.names[row])} cannot be read: {error.strerror}. That is no damaged "
+                    "image: see to the disk or its permissions, and run the same command again."
+                ) from None
+            raise UnreadableImageError(f"{printable(self.originals.names[row])}: {error}") from None
         if self.sizing.enlarges(image):
             self.enlarged.add_one()
         return pixels, int(self.labels[position])

@@ -20,6 +20,7 @@ from data_pipeline.progress import progress_bar
 from data_pipeline.sources import holdout
 from data_pipeline.sources.archives import Members
 from data_pipeline.sources.base import Collection, Source
+from data_pipeline.sources.names import printable
 from data_pipeline.sources.originals import OriginalsSplit, enlargement_remarks
 from data_pipeline.sources.sizing import Sizing
 
@@ -70,15 +71,21 @@ class Shards:
             raise DataError(f"{self.flag} {self.pattern}: no shard holds images (members ending in {kinds}).")
         unlabelled = int((index.label == NO_LABEL).sum())
         if 0 < unlabelled < len(index):
+            first = printable(_text(index.key[index.label == NO_LABEL][0]))
             raise DataError(
                 f"{self.flag} {self.pattern}: {unlabelled:,} of {len(index):,} samples have no label (.cls member), "
-                f"such as {index.key[index.label == NO_LABEL][0].decode()}: either all of them have one, or none."
+                f"such as {first}: either all of them have one, or none."
             )
         if not unlabelled and index.label.min() < 0:
             raise DataError(f"{self.flag} {self.pattern}: there are negative labels; classes are counted from 0.")
-        names = [f"{paths[shard].name}: {key.decode()}" for shard, key in zip(index.shard, index.key, strict=True)]
+        names = [f"{paths[shard].name}: {_text(key)}" for shard, key in zip(index.shard, index.key, strict=True)]
         stored = np.zeros(len(index), dtype=np.bool_)
         return Members(paths, names, index.shard, index.offset, index.size, stored), index
+
+
+def _text(key: bytes) -> str:
+    """A key as the names of files are read: it need not be UTF-8."""
+    return key.decode("utf-8", "surrogateescape")
 
 
 def expanded(pattern: str) -> list[str]:
@@ -110,7 +117,7 @@ class WebDatasetShards(Source):
     def name(self) -> str:
         """The name of the folder that the shards lie in."""
         path = Path(self.train.pattern)
-        return (path if path.is_dir() else path.parent).resolve().name or "webdataset"
+        return printable((path if path.is_dir() else path.parent).resolve().name) or "webdataset"
 
     @classmethod
     def add_arguments(cls, parser: argparse.ArgumentParser) -> None:
@@ -134,6 +141,9 @@ class WebDatasetShards(Source):
             options["test_shards_sha256"] = self.test.digest()
         return options
 
+    def files(self) -> list[str]:
+        return [str(path) for shards in (self.train, self.test) if shards for path in shards.paths()]
+
     def split_names(self) -> list[str]:
         return ["train", "test"] if self.test or self.holdout > 0 else ["train"]
 
@@ -146,7 +156,7 @@ class WebDatasetShards(Source):
                 "test": OriginalsSplit(test_members, np.arange(len(test_index)), test_index.label, self.sizing),
             }
         else:
-            keys = [key.decode() for key in index.key]
+            keys = [_text(key) for key in index.key]
             is_test = holdout.held_out(keys, self.holdout, origin=f"--from {self.train.pattern}")
             splits = {}
             for name in self.split_names():

@@ -131,6 +131,32 @@ def test_shards_of_different_sizes_are_refused(tmp_path: Path) -> None:
         ShardDataset(tmp_path / "x")
 
 
+def test_hard_links_are_samples_too(tmp_path: Path) -> None:
+    path = tmp_path / "x" / "a.tar"
+    write_tar(path, {"a.png": picture(0), "b.png": picture(1)})
+    with tarfile.open(path, "a") as tar:
+        link = tarfile.TarInfo("c.png")
+        link.type, link.linkname = tarfile.LNKTYPE, "a.png"
+        tar.addfile(link)
+    images, _ = ShardDataset(tmp_path / "x").read(np.arange(3))
+    np.testing.assert_array_equal(images[2], images[0])
+
+
+def test_what_we_prepared_is_not_overwritten(own_copy: Path, tmp_path: Path) -> None:
+    before = (own_copy / "train/manifest.json").read_bytes()
+    with pytest.raises(DataError, match=r"train holds a prepared data set \(generated\).*--out"):
+        adopt(own_copy / "train")
+    assert (own_copy / "train/manifest.json").read_bytes() == before
+    for _ in range(2):  # what was adopted may be adopted again
+        adopt(own_copy / "train", tmp_path / "apart")
+
+
+def test_names_that_no_manifest_takes_are_refused_first(tmp_path: Path) -> None:
+    write_tar(tmp_path / "x" / "my shard 0.tar", {"a.png": b"not decoded"})
+    with pytest.raises(DataError, match=r"my shard 0.tar: a shard's name is made of letters"):
+        adopt(tmp_path / "x")
+
+
 def test_too_few_class_names(theirs: Path) -> None:
     with pytest.raises(DataError, match="labels go from 0 to 3, but 2 classes are named"):
         adopt(theirs, class_names=["cat", "dog"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import pickle
 import tarfile
 import zipfile
@@ -18,6 +19,16 @@ from data_pipeline.prepare import main
 from data_pipeline.sources.downsampled_imagenet import BatchSplit, DownsampledImageNet
 
 SIZE = 8
+PICTURE = np.zeros((1, 192), np.uint8)
+ODD: list[tuple[str, Any, Any]] = [  # what is told, data, labels
+    (r"found uint8 \[0, 192\]", PICTURE[:0], []),
+    (r"found uint8 \[2, 0\]", np.zeros((2, 0), np.uint8), [1, 1]),
+    (r"labels of <U1", PICTURE, ["7"]),
+    (r"labels of float64", np.zeros((2, 192), np.uint8), [1.5, float("nan")]),
+    (r"labels of bool", PICTURE, [True]),
+    (r"found int64 \[2\]", [1, 2], [1, 2]),
+    ("a list within a list", PICTURE, [[1], [2, 3]]),
+]
 Batches = dict[str, dict[str, Any]]
 
 
@@ -31,6 +42,13 @@ def batches() -> Batches:
         return {"data": data, "labels": rng.integers(1, 1001, length).tolist(), "mean": data.mean(axis=0)}
 
     return {f"train_data_batch_{number}": batch(2 + number % 3) for number in range(1, 11)} | {"val_data": batch(5)}
+
+
+def npy_header(shape: tuple[int, ...]) -> bytes:
+    """Of an array of uint8, whatever follows."""
+    buffer = io.BytesIO()
+    np.lib.format.write_array_header_1_0(buffer, {"shape": shape, "fortran_order": False, "descr": "|u1"})
+    return buffer.getvalue()
 
 
 def write_pickles(folder: Path, batches: Batches, protocol: int = 3) -> Path:
@@ -151,7 +169,9 @@ def test_what_is_missing_or_damaged_is_named(batches: Batches, tmp_path: Path) -
     (folder / "train_data_batch_1.npz").unlink()
     for told, content in (
         ("val_data is damaged or no pickle", whole[:-200]),
-        ("has no `data` and `labels`", pickle.dumps([1, 2])),
+        ("val_data is damaged or no pickle.*holds no dictionary but a list", pickle.dumps([1, 2])),
+        ("has no `data` and `labels`", pickle.dumps({"data": None})),
+        *((told, pickle.dumps({"data": data, "labels": labels}, 3)) for told, data, labels in ODD),
         (
             r"found uint8 \[5, 100\] and \[5\]",
             pickle.dumps({"data": np.zeros((5, 100), np.uint8), "labels": [1] * 5}, 3),
@@ -167,3 +187,13 @@ def test_what_is_missing_or_damaged_is_named(batches: Batches, tmp_path: Path) -
     refused("holds no plain arrays", folder)
     (folder / "val_data.npz").write_bytes(b"not a zip")
     refused("val_data.npz is damaged or no zip", folder)
+    for shape in ((10**20, 192), (-1, 192), (6, 192), (2**62, 2**62)):  # of five rows; behind them lie the labels
+        with zipfile.ZipFile(folder / "val_data.npz", "w") as packed:
+            packed.writestr("data.npy", npy_header(shape) + bytes(5 * 192))
+            packed.writestr("labels.npy", npy_header((5,)) + bytes([1] * 5))
+        refused(r"holds no plain arrays .*an array \[.* of uint8 in \d,\d+ bytes", folder)
+    with zipfile.ZipFile(folder / "val_data.npz", "w", zipfile.ZIP_DEFLATED) as packed:
+        packed.writestr("data.npy", npy_header((5, 192)) + bytes(range(192)) * 5)
+    packed_bytes = (folder / "val_data.npz").read_bytes()
+    (folder / "val_data.npz").write_bytes(packed_bytes[:60] + bytes(20) + packed_bytes[80:])
+    refused("val_data.npz is damaged", folder)

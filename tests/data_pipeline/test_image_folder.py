@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import os
 import tarfile
 import zipfile
 from pathlib import Path
@@ -18,6 +19,8 @@ from data_pipeline.errors import DataError
 from data_pipeline.manifest import Manifest
 from data_pipeline.prepare import main
 from data_pipeline.resize import centre_crop
+from data_pipeline.sources import archives
+from data_pipeline.sources.holdout import held_out
 from data_pipeline.sources.image_folder import ImageFolder
 
 
@@ -50,19 +53,25 @@ def colours(out: Path) -> set[tuple[int, ...]]:
 def test_class_folders_become_labels(classes: Path, tmp_path: Path) -> None:
     run(classes, tmp_path / "out", "--holdout", "0.2")
     train, test = colours(tmp_path / "out/train"), colours(tmp_path / "out/test")
-    assert train | test == {(10, n, 0) for n in range(10)} | {(200, n, 1) for n in range(10)}
-    assert (len(train), len(test)) == (16, 4)
+    rows = [(name, red, label, n) for label, (name, red) in enumerate([("cat", 10), ("dog", 200)]) for n in range(10)]
+    images = {f"{name}/{n}.png": (red, n, label) for name, red, label, n in rows}
+    held = {colour for name, colour in images.items() if hashlib.sha256(name.encode()).hexdigest() < "3333333333333333"}
+    assert 2 <= len(held) <= 8
+    assert (train, test) == (set(images.values()) - held, held)
     manifest = Manifest.load(tmp_path / "out/train")
     assert (manifest.name, manifest.class_names) == ("animals", ["cat", "dog"])
     assert manifest.preprocessing == "box-bicubic-centre-crop"
     assert str(tmp_path) not in manifest.model_dump_json()  # no paths of this machine
 
 
-def test_held_out_images_stay_held_out_when_others_come(classes: Path, tmp_path: Path) -> None:
-    run(classes, tmp_path / "before", "--holdout", "0.2")
-    plain((200, 0, 99)).save(classes / "dog/new.png")
-    run(classes, tmp_path / "after", "--holdout", "0.2")
-    assert len(colours(tmp_path / "before/test") & colours(tmp_path / "after/test")) >= 3
+def test_split_of_an_image_does_not_depend_on_the_others() -> None:
+    names = [f"cat/{number}.png" for number in range(1000)]
+    chosen = held_out(names, 0.1, origin="--from x")
+    assert 70 <= chosen.sum() <= 130
+    more = held_out([f"dog/{number}.png" for number in range(500)] + names, 0.1, origin="--from x")
+    fewer = held_out(names[::2], 0.1, origin="--from x")
+    np.testing.assert_array_equal(more[500:], chosen)
+    np.testing.assert_array_equal(fewer, chosen[::2])
 
 
 def test_changed_folder_is_noticed(classes: Path, tmp_path: Path) -> None:
@@ -115,8 +124,9 @@ def test_nothing_to_prepare_is_told(tmp_path: Path) -> None:
 def test_mixed_folder_and_bad_holdout_are_refused(classes: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"--holdout is 1.5"):
         run(classes, tmp_path / "out", "--holdout", "1.5")
-    with pytest.raises(DataError, match=r"too few to hold out 0.99"):
-        run(classes, tmp_path / "out", "--holdout", "0.99")
+    for share, number in (("0.9999", 20), ("0.0001", 0)):
+        with pytest.raises(DataError, match=rf"--holdout {share} holds out {number} of 20 images.*too few for that"):
+            run(classes, tmp_path / "out", "--holdout", share)
     plain((0, 0, 0)).save(classes / "stray.png")
     with pytest.raises(DataError, match=r"mixes images in class folders with 1 images beside them \(such as stray.png"):
         run(classes, tmp_path / "out")
@@ -186,6 +196,81 @@ def test_archive_of_a_flat_folder_is_unlabelled(tmp_path: Path) -> None:
         tar.add(tmp_path / "train_64x64", "train_64x64")
     [(_, images)] = all_images(tmp_path / "train_64x64.tar", "--holdout", "0", "--resize", "none")
     assert images == [([number, 0, 0], -1) for number in range(3)]
+
+
+def test_archive_with_one_class_is_as_its_folder(tmp_path: Path) -> None:
+    (tmp_path / "in/cat").mkdir(parents=True)
+    for number in range(3):
+        plain((number, 0, 0)).save(tmp_path / f"in/cat/{number}.png")
+    with zipfile.ZipFile(tmp_path / "photos.zip", "w") as packed:
+        for path in (tmp_path / "in/cat").iterdir():
+            packed.write(path, f"cat/{path.name}")
+    alone = ("--holdout", "0")
+    assert all_images(tmp_path / "photos.zip", *alone) == all_images(tmp_path / "in", *alone)
+    assert {label for _, images in all_images(tmp_path / "photos.zip", *alone) for _, label in images} == {0}
+
+
+@pytest.mark.parametrize("place", ["/home/me/animals/", "../../", "./animals/../"])
+def test_names_that_lead_out_of_an_archive_stay_within(classes: Path, tmp_path: Path, place: str) -> None:
+    with tarfile.open(tmp_path / "x.tar", "w") as tar:
+        for path in classes.glob("*/*.png"):
+            entry = tar.gettarinfo(str(path))
+            entry.name = f"{place}{path.parent.name}/{path.name}"  # as tar -P stores it
+            with path.open("rb") as content:
+                tar.addfile(entry, content)
+    assert all_images(tmp_path / "x.tar") == all_images(classes)
+
+
+def test_member_that_inflates_without_bound_is_unreadable(
+    classes: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(archives, "_MAX_INFLATED", 100_000)
+    (classes / "cat/bomb.png").write_bytes(bytes(1_000_000))
+    pack(classes, tmp_path / "x.zip")
+    run(tmp_path / "x.zip", tmp_path / "out")
+    listed = (tmp_path / "out/unreadable.txt").read_text()
+    assert listed.startswith("cat/bomb.png: it is cut short, or inflates to more than 100,000 bytes")
+
+
+def test_links_are_followed_but_not_in_circles(classes: Path, tmp_path: Path) -> None:
+    linked = tmp_path / "linked"
+    (linked / "dog").mkdir(parents=True)
+    (linked / "cat").symlink_to(classes / "cat")
+    for path in (classes / "dog").iterdir():
+        (linked / "dog" / path.name).symlink_to(path)
+    for place, target in (("dog/up", ".."), ("dog/self", "."), ("loop", "loop.d"), ("loop.d", "loop")):
+        (linked / place).symlink_to(target)
+    with pytest.raises(DataError, match=r"loop(.d)? cannot be read \(Too many levels of symbolic links\)"):
+        all_images(linked)
+    (linked / "loop.d").unlink()
+    with pytest.raises(DataError, match="loop is a link that leads nowhere and may be a class"):
+        all_images(linked)
+    (linked / "loop").unlink()
+    assert all_images(linked) == all_images(classes)
+    for name in ("cat", "dog"):  # all of them
+        (tmp_path / "all").mkdir(exist_ok=True)
+        (tmp_path / "all" / name).symlink_to(classes / name)
+    assert all_images(tmp_path / "all") == all_images(classes)
+
+
+def test_pipes_are_no_images_and_dangling_links_unreadable(classes: Path, tmp_path: Path) -> None:
+    os.mkfifo(classes / "cat/pipe.png")
+    (classes / "cat/pipe_too.png").symlink_to("pipe.png")
+    (classes / "cat/gone.png").symlink_to("absent.png")
+    run(classes, tmp_path / "out")
+    assert (tmp_path / "out/unreadable.txt").read_text() == "cat/gone.png: it is a link that leads nowhere\n"
+
+
+def test_names_that_are_not_utf_8(tmp_path: Path) -> None:
+    for name in ("caf\udce9", "dog"):  # a Latin-1 letter
+        (tmp_path / "d_\udce9" / name).mkdir(parents=True)
+        for number in range(10):
+            plain((1, 2, number)).save(tmp_path / "d_\udce9" / name / f"{number}.png")
+    (tmp_path / "d_\udce9/dog/\udce9.png").write_text("not an image")
+    run(tmp_path / "d_\udce9", tmp_path / "out", "--holdout", "0.5")
+    manifest = Manifest.load(tmp_path / "out/train")
+    assert (manifest.name, manifest.class_names) == (r"d_\xe9", [r"caf\xe9", "dog"])
+    assert (tmp_path / "out/unreadable.txt").read_text().startswith(r"dog/\xe9.png: no image file")
 
 
 def test_labels_by_prefix(tmp_path: Path) -> None:

@@ -197,6 +197,25 @@ def test_cut_between_two_class_archives_is_noticed(official: Path, tmp_path: Pat
         source("--from", official, "--train", tmp_path / "train.tar").open(tmp_path)
 
 
+def test_stray_files_in_the_validation_tar_are_passed_over(official: Path, tmp_path: Path) -> None:
+    photos = {name: jpeg(colour) for name, (_, colour) in VAL.items()}
+    stray = {"README.txt": b"hello", ".DS_Store": b"", "._ILSVRC2012_val_00000001.JPEG": b""}
+    (tmp_path / "val.tar").write_bytes(tar(stray | photos))
+    assert content(source("--from", official, "--val", tmp_path / "val.tar").open(tmp_path)) == content(
+        source("--from", official).open(tmp_path)
+    )
+
+
+def test_labels_of_another_set_are_refused(official: Path, unpacked: Path, tmp_path: Path) -> None:
+    (tmp_path / "other.txt").write_text("".join(f"{name} n0999999{row}\n" for row, name in enumerate(VAL)))
+    told = r"--val .* with --devkit .*other.txt: class n09999990 does not occur among the training photos.*\(5 such\)"
+    with pytest.raises(DataError, match=told):
+        source("--from", official, "--devkit", tmp_path / "other.txt").open(tmp_path)
+    write(tmp_path / "val/n09999990", {"a.JPEG": b""})
+    with pytest.raises(DataError, match=r"--val .*val: class n09999990 does not occur"):
+        source("--from", unpacked, "--val", tmp_path / "val").open(tmp_path)
+
+
 def test_what_is_missing_or_strange_is_named(official: Path, unpacked: Path, tmp_path: Path) -> None:
     def refused(told: str, *arguments: str | Path) -> None:
         with pytest.raises(DataError, match=told):

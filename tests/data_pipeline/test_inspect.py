@@ -45,9 +45,9 @@ def damage(data: ShardDataset, shard: int, samples: list[int], header_of: int | 
     """Flip a bit of some images of a shard, or of a tar header."""
     path = Path(data.shard_place(shard))
     content = bytearray(path.read_bytes())
-    offsets = data.index.offset[data.index.shard == shard]
+    offsets, sizes = (column[data.index.shard == shard] for column in (data.index.offset, data.index.size))
     for sample in samples:
-        content[offsets[sample] + 50] ^= 1
+        content[offsets[sample] + sizes[sample] - 20] ^= 1
     if header_of is not None:
         content[offsets[header_of] - 500] ^= 1
     path.write_bytes(content)

@@ -129,6 +129,18 @@ def test_exif_rotation(orientation: int) -> None:
     np.testing.assert_array_equal(pixels(payload, upright=False), turned[orientation])
 
 
+@pytest.mark.parametrize("compression", [None, "tiff_lzw"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation_of_tiff(orientation: int, compression: str | None) -> None:
+    """Pillow turns these by itself while it loads them."""
+    stored = photo((48, 32))
+    exif = stored.getexif()
+    exif[0x0112] = orientation
+    payload = encoded(stored, "TIFF", exif=exif, compression=compression)
+    np.testing.assert_array_equal(pixels(payload, upright=False), np.asarray(stored))
+    np.testing.assert_array_equal(pixels(payload), pixels(encoded(stored, "PNG", exif=exif)))
+
+
 @pytest.mark.parametrize("junk", [b"", b"\xff\xfe rubbish", b"II*\0\xff\xff\xff\x7f", b"MM\0*\0\0\0\x08\xff\xff"])
 @pytest.mark.filterwarnings("error")
 def test_junk_in_exif_does_no_harm(junk: bytes) -> None:
@@ -220,6 +232,13 @@ def test_bombs_are_refused_before_they_are_unpacked(tmp_path: Path) -> None:
     bomb[29:33] = struct.pack(">I", zlib.crc32(bomb[12:29]))
     with pytest.raises(UnreadableImageError, match=r"400000000 pixels.*exceeds limit"):
         load(tmp_path, bytes(bomb))
+
+
+def test_narrow_original_is_refused_before_it_is_blown_up(tmp_path: Path) -> None:
+    bomb = encoded(Image.new("1", (2, 60_000)), "PNG")  # 256 pixels wide, it would be 7.7 million high
+    with pytest.raises(UnreadableImageError, match=r"a.img: too narrow: at 256x7680000 pixels"):
+        load(tmp_path, bomb, 256)
+    assert load(tmp_path, encoded(Image.new("L", (20, 600)), "PNG"), 256).shape == (256, 256, 3)
 
 
 def test_area_methods_are_means(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -126,6 +127,45 @@ def test_two_at_once_are_kept_apart(tmp_path: Path) -> None:
     with workspace(tmp_path / "out"), pytest.raises(DataError, match=r"another process is preparing .*out right now"):
         main(["generated", "--out", str(tmp_path / "out"), *SMALL])
     assert entries(tmp_path) == []
+
+
+def test_a_link_is_followed(tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to("disk/data")
+    for _ in range(2):
+        assert main(["generated", "--out", str(tmp_path / "out"), *SMALL]) == 0
+    assert (tmp_path / "out").is_symlink()
+    assert entries(tmp_path) == ["disk", "out"]
+    assert entries(tmp_path / "disk") == ["data"]
+
+
+def test_a_mount_point_is_refused_before_any_work(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "out").mkdir()
+    monkeypatch.setattr(os.path, "ismount", lambda path: path == tmp_path / "out")
+    with pytest.raises(DataError, match=r"out is a mount point, .* Name a folder inside it: .*out/data"):
+        main(["generated", "--out", str(tmp_path / "out"), *SMALL])
+    assert entries(tmp_path) == ["out"]
+
+
+@pytest.mark.parametrize("size", ["inf", "nan", "0", "-1"])
+def test_shards_have_a_size(tmp_path: Path, size: str) -> None:
+    with pytest.raises(DataError, match=rf"--shard-mb is {float(size)}; it must be a positive number"):
+        main(["generated", "--out", str(tmp_path / "out"), *SMALL, "--shard-mb", size])
+
+
+def test_progress_goes_by_small_pieces(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A large original takes a tenth of a second: hundreds of them at a time would be told of once in a minute."""
+    told: list[int] = []
+    bar = prepare_module.progress_bar
+
+    def watched(*given: Any, **named: Any) -> Any:
+        made = bar(*given, **named)
+        made.update = told.append
+        return made
+
+    monkeypatch.setattr(prepare_module, "progress_bar", watched)
+    main(["generated", "--out", str(tmp_path / "out"), "--size", "8", "--num-train", "100", "--num-test", "10"])
+    assert told == [32, 32, 32, 4, 10]
 
 
 def test_what_appears_meanwhile_is_kept(tmp_path: Path) -> None:

@@ -15,13 +15,17 @@ from pathlib import Path
 import numpy as np
 import pytest
 from numpy.typing import NDArray
+from PIL import Image
 from trees import same_tree
 
 from data_pipeline import prepare as prepare_module
 from data_pipeline.errors import DataError
-from data_pipeline.prepare import prepare
+from data_pipeline.prepare import main, prepare
+from data_pipeline.sources import imagenet
 from data_pipeline.sources.base import UnreadableImageError
 from data_pipeline.sources.generated import Generated, GeneratedSplit
+from data_pipeline.sources.image_folder import list_images
+from data_pipeline.sources.originals import LooseFiles
 
 UNREADABLE = (4, 150, 151, 202)  # the last one behind the last sample of its split
 
@@ -163,7 +167,7 @@ def test_worker_that_dies_is_told(
     with monkeypatch.context() as patch:
         patch.setattr(GeneratedSplit, "load", die)
         with pytest.raises(DataError, match=r"killed by SIGKILL while .* images 128 to 143 of train.*num-processes"):
-            prepare(small_source, tmp_path / "out", shard_mb=0.03, num_processes=2)
+            prepare(small_source, tmp_path / "out", shard_mb=0.06, num_processes=2)
     assert list((tmp_path / ".out.preparing/result/train").glob("shard-*.tar"))
     prepare(small_source, tmp_path / "out", shard_mb=0.06)
     assert same_tree(prepared, tmp_path / "out")
@@ -213,3 +217,152 @@ def test_no_readable_image_at_all(
     monkeypatch.setattr(GeneratedSplit, "load", fail)
     with pytest.raises(DataError, match=r"none of the 203 images of train can be read; the first: image-0.jpg: empty"):
         prepare(small_source, tmp_path / "out", max_unreadable=1000)
+
+
+def test_killed_between_publishing_and_tidying_up(
+    small_source: Generated, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rename, out = os.rename, tmp_path / "out"
+
+    def rename_and_die(source: Path, target: Path) -> None:
+        rename(source, target)
+        kill()
+
+    def run() -> None:
+        os.rename = rename_and_die
+        prepare(small_source, out)
+
+    def left_behind() -> None:
+        process = multiprocessing.get_context("fork").Process(target=run)
+        process.start()
+        process.join(30)
+        assert process.exitcode == -signal.SIGKILL
+        assert sorted(path.name for path in tmp_path.iterdir()) == [".out.lock", ".out.preparing", "out"]
+
+    left_behind()
+    prepare(small_source, out)
+    assert "nothing to do" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    shutil.rmtree(out)
+    left_behind()
+    shutil.rmtree(out)
+    prepare(Generated(size=8, num_train=5, num_test=2, num_classes=0, seed=0), out)  # no other command's work is lost
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def photos(folder: Path, count: int = 40) -> None:
+    for number in range(count):
+        path = folder / f"n0000000{number % 2}" / f"{number:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (8, 8), (number, 0, 0)).save(path, compress_level=0)
+
+
+def arguments(kind: str, tmp_path: Path) -> list[str]:
+    places = {
+        "folder": ["--from", "train"], "imagenet": ["--train", "train", "--val", "val"],
+    }  # fmt: skip
+    given = [word if word.startswith("--") else str(tmp_path / word) for word in places[kind]]
+    return [kind, *given, "--size", "8", "--shard-mb", "0.01", "--num-processes", "1", "--out", str(tmp_path / "out")]
+
+
+def begun(command: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Run the command up to its second shard."""
+    with monkeypatch.context() as patch:
+        calls = []
+
+        def fail_later(fd: int) -> None:
+            calls.append(fd)
+            if len(calls) > 13:
+                full_disk()
+
+        patch.setattr(os, "fsync", fail_later)
+        with pytest.raises(OSError, match="No space"):
+            main(command)
+
+
+@pytest.mark.parametrize("kind", ["folder", "imagenet"])
+@pytest.mark.parametrize("extra", [b"", b"more"])
+def test_changed_originals_are_not_mixed_with_the_old_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, extra: bytes
+) -> None:
+    for folder in ("train", "val"):
+        photos(tmp_path / folder)
+    command = arguments(kind, tmp_path)
+    begun(command, monkeypatch)
+    changed = tmp_path / "train/n00000001/039.png"
+    changed.write_bytes(changed.read_bytes() + extra)
+    with pytest.raises(DataError, match=r"the originals have changed since .* rm -r .*\.out\.preparing"):
+        main(command)
+    with pytest.raises(DataError, match=r"what another command has done"):
+        main([*command, "--encoding", "npy"])
+    shutil.rmtree(tmp_path / ".out.preparing")
+    assert main(command) == 0
+
+
+def test_the_same_originals_elsewhere_are_gone_on_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    photos(tmp_path / "train")
+    begun(arguments("folder", tmp_path), monkeypatch)
+    (tmp_path / "train").rename(tmp_path / "moved")
+    command = [word.replace(str(tmp_path / "train"), str(tmp_path / "moved")) for word in arguments("folder", tmp_path)]
+    assert main(command) == 0
+    assert "going on after 1 shards" in capsys.readouterr().out
+
+
+def test_goes_back_to_an_original_that_can_be_read_again(
+    small_source: Generated, prepared: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    load = GeneratedSplit.load
+
+    def fail_at(*unreadable: int) -> None:
+        def load_or_fail(self: GeneratedSplit, position: int) -> tuple[NDArray[np.uint8], int]:
+            if self.first == 0 and position in unreadable:
+                raise UnreadableImageError(f"image-{position}.jpg: gone")
+            return load(self, position)
+
+        monkeypatch.setattr(GeneratedSplit, "load", load_or_fail)
+
+    fail_at(4, 70, 150)
+    with pytest.raises(DataError, match="3 images cannot be read"):
+        prepare(small_source, tmp_path / "out", shard_mb=0.06, max_unreadable=2)
+    fail_at(4, 150)  # 4 is still gone: its shard stays
+    with pytest.raises(DataError, match="2 images cannot be read"):
+        prepare(small_source, tmp_path / "out", shard_mb=0.06, max_unreadable=1)
+    assert "going on after 2 shards, 60 images" in capsys.readouterr().out
+    fail_at()
+    prepare(small_source, tmp_path / "out", shard_mb=0.06)
+    assert same_tree(prepared, tmp_path / "out")
+
+
+def test_an_error_of_the_disk_is_no_damaged_image(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    photos(tmp_path / "train")
+    read = LooseFiles.read
+
+    def failing(self: LooseFiles, position: int) -> bytes:
+        if self.names[position].endswith("7.png"):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return read(self, position)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LooseFiles, "read", failing)
+        for num_processes in ("1", "2"):
+            with pytest.raises(DataError, match=r"7.png cannot be read: Input/output error. That is no damaged image"):
+                main([*arguments("folder", tmp_path), "--num-processes", num_processes])
+    assert main(arguments("folder", tmp_path)) == 0
+    assert not (tmp_path / "out/unreadable.txt").exists()
+
+
+def test_folders_are_listed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed: list[Path] = []
+
+    def listing(folder: Path) -> list[str]:
+        listed.append(folder)
+        return list_images(folder)
+
+    monkeypatch.setattr(imagenet, "list_images", listing)
+    for folder in ("train", "val"):
+        photos(tmp_path / folder)
+    assert main(arguments("imagenet", tmp_path)) == 0
+    assert listed == [tmp_path / "train", tmp_path / "val"]

@@ -30,13 +30,13 @@ def test_reads_what_numpy_wrote(protocol: int) -> None:
     value = {
         "data": np.arange(12, dtype=np.uint8).reshape(3, 4),
         "mean": np.asfortranarray(np.linspace(0, 1, 6).reshape(2, 3)),
-        "labels": [1, 2, 3], "nested": ({"x": b"bytes"}, None, 1.5, True),
+        "labels": [1, 2, 3], "mixed": (b"bytes", None, 1.5, True),
     }  # fmt: skip
     if protocol == 5:
         value["data"] = value["mean"] = None  # NumPy asks for other names there; data sets of this kind are older
     found = load_pickle(pickle.dumps(value, protocol), where="test")
     assert found.keys() == value.keys()
-    assert found["nested"] == value["nested"]
+    assert found["mixed"] == value["mixed"]
     np.testing.assert_array_equal(found["data"], value["data"])
     np.testing.assert_array_equal(found["mean"], value["mean"])
 
@@ -63,6 +63,35 @@ def test_objects_hidden_in_an_array_are_refused() -> None:
     content = pickle.dumps(np.array([{"a": 1}], dtype=object), 2)
     with pytest.raises(DataError, match="damaged or no pickle of plain data"):
         load_pickle(content, where="test")
+
+
+def test_lists_that_hold_each_other_are_refused_at_once() -> None:
+    """In 24 levels they would stand for 16 million numbers; in 60, for more than there is time."""
+    value: list[Any] = [1, 2]
+    for _ in range(60):
+        value = [value, value]
+    recursive: list[Any] = []
+    recursive.append(recursive)
+    for labels in (value, recursive):
+        with pytest.raises(DataError, match="a list within a list"):
+            load_pickle(pickle.dumps({"labels": labels}), where="test")
+
+
+def test_what_keys_share_is_given_to_each() -> None:
+    labels, data = [1, 2], np.arange(3.0)
+    found = load_pickle(pickle.dumps({"a": labels, "b": labels, "c": data, "d": data}, 3), where="test")
+    assert found["a"] == found["b"] == labels
+    np.testing.assert_array_equal(found["d"], data)
+
+
+@pytest.mark.parametrize("name", ["_codecs encode", "numpy.core.multiarray _reconstruct", "numpy ndarray"])
+@pytest.mark.parametrize("state", [{"__defaults__": ("x",)}, (None, {"__defaults__": ("x",)}), (None, {"value": 1})])
+def test_stand_ins_cannot_be_changed(name: str, state: Any) -> None:
+    target = "c" + name.replace(" ", "\n") + "\n"
+    content = b"\x80\x02" + target.encode() + pickle.dumps(state, 2)[2:-1] + b"b."
+    with pytest.raises(DataError, match=r"damaged or no pickle of plain data: (Attribute|Type)Error"):
+        load_pickle(content, where="test")
+    test_reads_what_numpy_wrote(2)
 
 
 def test_damaged_pickle_is_told() -> None:

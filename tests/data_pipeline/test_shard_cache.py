@@ -8,6 +8,7 @@ import hashlib
 import os
 import pickle
 import random
+import re
 import signal
 import threading
 import time
@@ -345,3 +346,19 @@ def test_a_part_that_its_holder_removed_before_our_lock_is_not_filled(
     monkeypatch.setattr(shard_cache, "_try_lock", lock_late)
     assert content_of(cache.open(SHARDS[0])) == CONTENTS[0]
     assert num_gets(server) == 1
+
+
+def test_processes_lose_their_patience_together(server: HttpFiles, new_cache: Callable[..., ShardCache]) -> None:
+    server.fault = lambda get: setattr(get, "stall_at", 0)
+    cache = new_cache(patience=0.6)
+    pid = fork(lambda: cache.open(SHARDS[0]))
+    wait_until(lambda: num_gets(server))  # it is the other process that tries
+    with pytest.raises(DataError, match=r"/0\.tar cannot be read: nothing new came in .* and \d+ attempts") as told:
+        cache.open(SHARDS[0])
+    exit_code(pid)
+    attempts = re.search(r"(\d+) attempts", str(told.value))
+    assert attempts is not None
+    assert num_gets(server) == int(attempts[1])  # all of them the other's
+    server.fault = lambda get: None
+    assert content_of(cache.open(SHARDS[0])) == CONTENTS[0]  # who comes later tries for itself
+    assert [path.suffix for path in cache.path(SHARDS[0]).parent.iterdir() if path.suffix] == [".tar"]

@@ -13,9 +13,10 @@ import webdataset
 from PIL import Image
 from trees import same_tree
 
+from data_pipeline import tar
 from data_pipeline.dataset import ShardDataset
 from data_pipeline.errors import DataError
-from data_pipeline.index import Index, scan_shard
+from data_pipeline.index import Index, build_index, scan_shard, shown
 from data_pipeline.manifest import Manifest
 from data_pipeline.prepare import prepare
 from data_pipeline.shards import EncodedSample, encode_sample, write_shards, written_shards
@@ -67,8 +68,8 @@ def test_unlabelled_samples_have_no_label(tmp_path: Path) -> None:
     prepare(Generated(size=8, num_train=5, num_test=2, num_classes=0, seed=0), tmp_path / "plain")
     plain = ShardDataset(tmp_path / "plain/train")
     assert plain.read(np.arange(5))[1].tolist() == [-1] * 5
-    with tarfile.open(tmp_path / "plain/train/shard-000000.tar") as tar:
-        assert all(name.endswith(".png") for name in tar.getnames())
+    with tarfile.open(tmp_path / "plain/train/shard-000000.tar") as archive:
+        assert all(name.endswith(".png") for name in archive.getnames())
 
 
 def test_shards_are_near_the_wanted_size(tmp_path: Path) -> None:
@@ -110,18 +111,46 @@ def test_index_of_shards_that_others_made(tmp_path: Path) -> None:
     members = {
         "a/x.json": b"{}", "a/x.png": image, "a/x.cls": b"7", "a/y.cls": b"3\n", "a/y.png": image, "a/z.png": image,
     }  # fmt: skip
-    with tarfile.open(path, "w") as tar:
+    with tarfile.open(path, "w") as archive:
         for name, content in members.items():
             entry = tarfile.TarInfo(name)
             entry.size = len(content)
-            tar.addfile(entry, io.BytesIO(content))
+            archive.addfile(entry, io.BytesIO(content))
     found = list(scan_shard(path, ("png",)))
     assert [(member.key, member.label) for member in found] == [("a/x", 7), ("a/y", 3), ("a/z", -1)]
     content = path.read_bytes()
     assert all(content[member.offset : member.offset + member.size] == image for member in found)
 
 
-@pytest.mark.parametrize("keep", [0, 300, 700, 3000])
+@pytest.mark.parametrize("label", [b"1000000", b"-1000000", b"1" + b"0" * 30])
+def test_labels_beyond_all_classes_are_refused(tmp_path: Path, label: bytes) -> None:
+    path = tmp_path / "theirs.tar"
+    path.write_bytes(tar.header("x/7.cls", len(label)) + label + tar.padding(len(label)) + tar.end_mark(1024))
+    with pytest.raises(DataError, match=rf"theirs.tar .*sample x/7 has label b'{label.decode()}'"):
+        list(scan_shard(path, ("png",)))
+
+
+def test_keys_that_are_not_utf_8(tmp_path: Path) -> None:
+    image = encode_sample(0, np.zeros((4, 4, 3), np.uint8), 0).payload
+    with tarfile.open(tmp_path / "theirs.tar", "w", encoding="latin-1", format=tarfile.GNU_FORMAT) as archive:
+        entry = tarfile.TarInfo("b\u00e4r.png")
+        entry.size = len(image)
+        archive.addfile(entry, io.BytesIO(image))
+    (member,) = scan_shard(tmp_path / "theirs.tar", ("png",))
+    assert build_index([[member]]).key.tolist() == [b"b\xe4r"]
+    assert shown(member.key) == shown(b"b\xe4r") == r"b\xe4r"
+
+
+def test_damaged_header_is_refused(prepared: Path, tmp_path: Path) -> None:
+    """Python's tarfile takes it for the archive's end."""
+    content = bytearray((prepared / "train/shard-000000.tar").read_bytes())
+    content[(prepared / "train/shard-000000.tar").read_bytes().index(b"000000009.png") + 130] ^= 1
+    (tmp_path / "flipped.tar").write_bytes(content)
+    with pytest.raises(DataError, match=r"flipped.tar is damaged"):
+        list(scan_shard(tmp_path / "flipped.tar", ("png",)))
+
+
+@pytest.mark.parametrize("keep", [0, 300, 700, 3000, 4 * 512, 40 * 512])
 def test_cut_off_tar_is_refused(prepared: Path, tmp_path: Path, keep: int) -> None:
     path = tmp_path / "cut.tar"
     path.write_bytes((prepared / "train/shard-000000.tar").read_bytes()[:keep])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import io
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,19 @@ def test_patterns() -> None:
     assert expanded("a-{008..011}.tar") == ["a-008.tar", "a-009.tar", "a-010.tar", "a-011.tar"]
     assert expanded("{x,y}/{0..1}") == ["x/0", "x/1", "y/0", "y/1"]
     assert expanded("plain.tar") == ["plain.tar"]
+
+
+def test_keys_that_are_not_utf_8(tmp_path: Path) -> None:
+    (tmp_path / "latin").mkdir()
+    with tarfile.open(tmp_path / "latin/0.tar", "w") as shard:
+        for level in range(10):
+            for extension, content in (("png", encoded(level, "png")), ("cls", b"0")):
+                entry = tarfile.TarInfo(f"caf\udce9/{level}.{extension}")
+                entry.size = len(content)
+                shard.addfile(entry, io.BytesIO(content))
+    splits = source("--from", str(tmp_path / "latin"), "--holdout", "0.5").open(tmp_path).splits
+    levels = [int(split.load(row)[0][0, 0, 0]) for split in splits.values() for row in range(len(split))]
+    assert sorted(levels) == list(range(10))
 
 
 def test_unlabelled(tmp_path: Path) -> None:

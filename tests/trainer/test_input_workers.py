@@ -48,6 +48,7 @@ def test_workers_serve_errors_and_ends(capfd: pytest.CaptureFixture[str]) -> Non
                 os.kill(worker, number)
         assert int(next(steps).images[0]) == 9
         os.kill(min(workers), signal.SIGKILL)
+        time.sleep(0.3)  # in a step or a save: nothing is raised there
         with pytest.raises(UserError, match=r"a data worker died: .*data.num_workers=2"):
             list(steps)
     deadline = time.monotonic() + 20
