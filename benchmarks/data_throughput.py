@@ -6,6 +6,7 @@ an image, medians over the rounds, and ratios are those of neighbours in a round
 
     ours           TrainStream.batch: order, reading, checksums, decoding, batches [B, C, H, W], labels
     ours, flips    the same with random flips
+    step inputs    InputSource.make, what a training step consumes: flips, the numbers that decide timesteps, and noise
     bare decode    the same decoder on payloads that lie in memory, in batches: the limit of encoded images
     bare Pillow    Pillow on payloads that lie in memory, one by one, into nothing: what others pay at the least
     bare read      os.preadv of the same bytes in the same order into batches that lie ready: the limit of raw images
@@ -120,6 +121,25 @@ def our_epochs(dataset: ShardDataset, *, random_flip: bool, num_threads: int = 1
     return epoch
 
 
+def step_input_epochs(dataset: ShardDataset, case: Case) -> Callable[[], None]:
+    """All that a step of the 64 px network consumes, made by one process."""
+    import torch
+
+    from trainer.config import load_config
+    from trainer.inputs import InputSource
+    from trainer.processes import Processes
+
+    overrides = [f"data.train={dataset.place}", f"model.image_size={case.size}", "data.num_threads=1"]
+    config = load_config(ROOT / "configs/runs/imagenet64/hybrid.yaml", overrides)
+    source = InputSource(config, dataset, Processes(0, 1, 0, torch.device("cpu")))
+
+    def epoch() -> None:
+        for nimg in range(0, case.num, config.train.global_batch):
+            source.make(nimg)
+
+    return epoch
+
+
 def bare_decode(case: Case, payloads: list[bytes]) -> None:
     """Our decoders alone, into one batch that lies ready."""
     if case.encoding == "any":
@@ -130,7 +150,7 @@ def bare_decode(case: Case, payloads: list[bytes]) -> None:
     images = np.empty((CHUNK, 3, case.size, case.size), dtype=np.uint8)
     for start in range(0, len(payloads), CHUNK):
         for row, payload in enumerate(payloads[start : start + CHUNK]):
-            assert png.inflate(payload, rows[row])
+            assert png.inflate(payload, rows[:, row])
         png.unfilter(rows, images)
 
 
@@ -207,6 +227,7 @@ def contestants(dataset: ShardDataset, case: Case, peer: StreamingPeer | None) -
     work: dict[str, Callable[[], object]] = {
         "ours": our_epochs(dataset, random_flip=False),
         "ours, flips": our_epochs(dataset, random_flip=True),
+        "step inputs": step_input_epochs(dataset, case),
     }
     if case.encoding == "npy":
         work["bare read"] = bare_read(dataset, case, order)
@@ -224,9 +245,11 @@ def contestants(dataset: ShardDataset, case: Case, peer: StreamingPeer | None) -
 def race(epochs: dict[str, Epoch], rounds: int) -> dict[str, list[float]]:
     """Seconds an image of every round; one round before them warms everything up."""
     seconds: dict[str, list[float]] = {name: [] for name in epochs}
+    names = list(epochs)
     for number in range(rounds + 1):
-        for name, epoch in epochs.items():
-            took = epoch()
+        first = number % len(names)
+        for name in names[first:] + names[:first]:  # another one begins each round
+            took = epochs[name]()
             if number > 0:
                 seconds[name].append(took)
     return seconds

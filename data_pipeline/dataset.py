@@ -193,12 +193,14 @@ class ShardDataset:
         """As `_read_png`; from the file to its place in the batch without a copy between."""
         # The header is not read: the checksum is right only for this one.
         header = npy.header(*images.shape[1:])
-        header_sum, header_bytes = isal_zlib.crc32(header), len(header)
-        pixels, room = images.reshape(-1).data, images[0].size
-        for row, (shard, offset, _, crc32) in enumerate(self._places(indices)):
+        header_sum = isal_zlib.crc32(header)
+        pixels, room = images.reshape(-1).data, images[0].size if len(images) else 0
+        index = self.index
+        offsets, sums = (index.offset[indices] + len(header)).tolist(), index.crc32[indices].tolist()
+        files = self._open_files(indices)
+        for row, (file, offset, crc32) in enumerate(zip(files, offsets, sums, strict=True)):
             image = pixels[row * room : (row + 1) * room]
-            num_bytes = self._open(shard).read_into(image, offset + header_bytes)
-            if num_bytes != room or isal_zlib.crc32(image, header_sum) != crc32:
+            if os.preadv(file.fd, (image,), offset) != room or isal_zlib.crc32(image, header_sum) != crc32:
                 yield row, _WRONG_SUM
 
     def _decoded(self, row: int, payload: bytes, images: NDArray[np.uint8]) -> Iterator[tuple[int, str]]:
@@ -215,14 +217,16 @@ class ShardDataset:
 
     def _payloads(self, indices: NDArray[np.int64]) -> Iterator[bytes | None]:
         """The stored bytes of the given samples' images; None where they do not match their crc32."""
-        for shard, offset, size, crc32 in self._places(indices):
-            payload = self._open(shard).read(size, offset)
+        columns = (getattr(self.index, name)[indices].tolist() for name in ("offset", "size", "crc32"))
+        for file, offset, size, crc32 in zip(self._open_files(indices), *columns, strict=True):
+            payload = os.pread(file.fd, size, offset)
             yield payload if isal_zlib.crc32(payload) == crc32 else None
 
-    def _places(self, indices: NDArray[np.int64]) -> Iterator[tuple[int, int, int, int]]:
-        """Shard number, offset, size and crc32 of the given samples."""
-        columns = (getattr(self.index, name)[indices].tolist() for name in ("shard", "offset", "size", "crc32"))
-        return zip(*columns, strict=True)
+    def _open_files(self, indices: NDArray[np.int64]) -> list[_OpenFile]:
+        """The open shard of each of the given samples; who holds the list keeps them open."""
+        shards = self.index.shard[indices].tolist()
+        files = {shard: self._open(shard) for shard in set(shards)}
+        return [files[shard] for shard in shards]
 
     def shard_place(self, number: int) -> str:
         """Path or URL of a shard, for messages."""
@@ -251,20 +255,13 @@ _WRONG_SUM = "its bytes do not match their checksum"
 
 
 class _OpenFile:
-    """A shard that stays open as long as somebody reads from it, even when it is not or no longer in the cache."""
+    """A shard that stays open as long as somebody holds it, even when it is not or no longer in the cache."""
 
     def __init__(self, fd: int) -> None:
-        self._fd = fd
-
-    def read(self, size: int, offset: int) -> bytes:
-        # In here `self` is alive: a caller that held nothing but the number could find it closed.
-        return os.pread(self._fd, size, offset)
-
-    def read_into(self, buffer: memoryview, offset: int) -> int:
-        return os.preadv(self._fd, (buffer,), offset)
+        self.fd = fd
 
     def __del__(self) -> None:
-        os.close(self._fd)
+        os.close(self.fd)
 
 
 def check_shards(files: ShardFiles, described: Manifest, place: str) -> None:

@@ -32,7 +32,7 @@ def two_steps(config: RunConfig, data: Path, folder: Path) -> None:
     """Two steps of one image of this very config; only batch, budget, precision and places are changed."""
     overrides = [
         "train.global_batch=1", "train.micro_batch=1", "train.budget_images=2", "train.export_images=[]",
-        "train.sample_grid.num_images=0", "engine.precision=fp32", "engine.num_cpu_threads=2",
+        "train.sample_grid.num_images=0", "data.num_workers=0", "engine.precision=fp32", "engine.num_cpu_threads=2",
         f"data.train={data}", f"run.folder={folder / 'run'}",
     ]  # fmt: skip
     from trainer.config import save_config

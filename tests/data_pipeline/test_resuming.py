@@ -201,6 +201,7 @@ def test_too_many_unreadable_images_stop_it(
         assert f"{limit + 1} images cannot be read, and --max-unreadable is {limit}." in str(stop.value)
         assert f"\n  image-{UNREADABLE[limit]}.jpg: cut off\n" in str(stop.value)
         assert str(report) in str(stop.value)
+        assert str(stop.value).endswith(f"begin anew: rm -r {tmp_path / '.out.preparing'}")
         assert len(report.read_text().splitlines()) == limit + 1
     capsys.readouterr()
     prepare(small_source, tmp_path / "out", shard_mb=0.06, max_unreadable=4)
