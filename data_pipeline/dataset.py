@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from data_pipeline import codec, manifest, npy, png
 from data_pipeline.errors import DataError
 from data_pipeline.files import sha256_file
-from data_pipeline.index import Index
+from data_pipeline.index import Index, shown
 from data_pipeline.manifest import Manifest
 from data_pipeline.shard_files import ShardFiles, open_files
 from data_pipeline.storage import is_url
@@ -233,7 +233,7 @@ class ShardDataset:
         return _place_of(self.manifest, self.place, self.manifest.shards[number].file)
 
     def _damaged(self, sample: int, what: str) -> DamagedSampleError:
-        key = self.index.key[sample].decode()
+        key = shown(self.index.key[sample])
         shard = int(self.index.shard[sample])
         return DamagedSampleError(
             f"{self.shard_place(shard)}: sample {key} is damaged: {what}.",
