@@ -3,6 +3,7 @@ SHELL := /bin/bash
 BIN := .venv/bin
 STUDY ?= configs/studies/cifar10_cpu.yaml
 UI_PORT ?= 5000
+TEST_WORKERS ?= 2
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 
 .PHONY: help install study test prove ui lint types clean
@@ -22,8 +23,8 @@ study: .venv/.installed  ## train and evaluate the CPU study on CIFAR-10, fit it
 ui: .venv/.installed  ## open the MLflow UI on loopback (UI_PORT=5000)
 	@$(BIN)/python -m cluster.ui --port $(UI_PORT)
 
-test: .venv/.installed  ## the test suite
-	$(BIN)/python -m pytest -m "not prove"
+test: .venv/.installed  ## the test suite, file by file in two processes (TEST_WORKERS=1 for one)
+	$(BIN)/python -m pytest -m "not prove" -n $(TEST_WORKERS) --dist loadfile
 
 prove: .venv/.installed  ## the long proofs
 	$(BIN)/python -m pytest -m prove

@@ -43,7 +43,7 @@ def test_all_contestants_run_over_the_same_images(encoding: codec.Encoding, tmp_
     assert read_payloads(dataset, order) == [case.encode(image) for image in images[order]]
     seconds = race(contestants(dataset, case, None), rounds=1)
     limits = {"bare read"} if encoding == "npy" else {"bare decode", "bare Pillow"}
-    assert set(seconds) == {"ours", "ours, flips", "webdataset"} | limits
+    assert set(seconds) == {"ours", "ours, flips", "step inputs", "webdataset"} | limits
 
 
 def test_ratios_are_those_of_neighbours() -> None:
