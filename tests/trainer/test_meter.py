@@ -234,6 +234,16 @@ def test_one_process_alone_is_not_the_slowest() -> None:
     assert "speed/slowest_ratio" not in values
 
 
+def test_replaced_images_are_counted_over_processes_and_intervals() -> None:
+    meter = make(pretended(1.0, 1.0))
+    for replaced in (0, 2, 1):
+        meter.add_replaced(replaced)
+        meter.add_step(ONE, ONE, ZERO)
+    assert closed(meter)["data/replaced_images"] == 6.0  # three on each of two processes
+    meter.add_step(ONE, ONE, ZERO)
+    assert closed(meter)["data/replaced_images"] == 0.0
+
+
 def test_sums_are_over_processes() -> None:
     meter = make(pretended(1.0, 1.0))
     add_micro_batch(meter, [2.0, 4.0])

@@ -21,6 +21,8 @@ from ranks import ROOT, run_ranks, start_ranks
 
 from data_pipeline.dataset import ShardDataset
 from data_pipeline.errors import AgreedError, disk_message
+from data_pipeline.order import EpochOrder
+from trainer.config import load_config
 from trainer.export import open_export
 from trainer.grid import save_grid
 from trainer.inputs import downsample
@@ -122,6 +124,29 @@ def test_a_damaged_sample_is_named_whichever_process_meets_it(
     assert 2 in [p.returncode for p in processes]
     assert any("damaged" in text and shard.name in text for text in texts), texts
     assert not any("Traceback" in text for text in texts), texts
+
+
+def test_a_run_goes_on_past_damaged_samples_that_may_be_replaced(
+    tiny_config: Path, generated_data: Path, tmp_path: Path
+) -> None:
+    data = shutil.copytree(generated_data / "train", tmp_path / "train")
+    dataset = ShardDataset(data)
+    damaged = np.arange(0, len(dataset), 8)
+    for number in damaged:
+        shard = data / dataset.manifest.shards[int(dataset.index.shard[number])].file
+        content = bytearray(shard.read_bytes())
+        content[int(dataset.index.offset[number]) + 60] ^= 0xFF
+        shard.write_bytes(content)
+    config = load_config(tiny_config)
+    sizes = np.array([shard.num_samples for shard in dataset.manifest.shards])
+    met = np.isin(EpochOrder(sizes, seed=config.seed).samples(0, config.train.budget_images), damaged)
+    command = ["trainer/run.py", "--config", str(tiny_config), f"run.folder={tmp_path / 'r'}", f"data.train={data}"]
+    done = run(sys.executable, *command, "data.on_damage=replace", "data.num_workers=1")
+    assert done.returncode == 0, done.stderr
+    assert met.any()
+    assert done.stderr.count("another sample takes the place of a damaged one") == met.sum()
+    replaced = [record.values["data/replaced_images"] for record in read_train_records(tmp_path / "r")]
+    assert sum(replaced) == met.sum()
 
 
 def test_a_taken_port_is_named(tiny_config: Path, tmp_path: Path) -> None:
