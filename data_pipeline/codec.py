@@ -48,13 +48,11 @@ def recognise(payload: bytes) -> tuple[NDArray[np.uint8], Encoding]:
     Raises:
         ValueError, OSError, SyntaxError: they are no complete image.
     """
-    image = decode(payload, "any")
-    height, width, num_channels = image.shape
-    if payload.startswith(npy.header(num_channels, height, width)):
-        return image, "npy"
     with suppress(ValueError, OSError, SyntaxError):
         return _decode_png(payload), "png"
-    return image, "any"
+    image = decode(payload, "any")
+    height, width, num_channels = image.shape
+    return image, "npy" if payload.startswith(npy.header(num_channels, height, width)) else "any"
 
 
 def _decode_png(payload: bytes) -> NDArray[np.uint8]:

@@ -24,11 +24,11 @@ from numpy.typing import NDArray
 from data_pipeline import tar
 from data_pipeline.errors import DataError
 from data_pipeline.files import write_atomic
+from data_pipeline.zipped import content_offset, mapped_array
 
 FILE_NAME = "index.npz"
 NO_LABEL = -1
 MAX_CLASSES = 1_000_000  # a label beyond is damage: the manifest names every class
-_ZIP_HEADER = 30  # bytes of an archive member's header, before its name
 
 
 @dataclass(frozen=True)
@@ -77,19 +77,11 @@ class Index:
 
 def _mapped_columns(path: Path) -> Iterator[tuple[str, NDArray[Any]]]:
     """The arrays of an uncompressed npz file, by name, without reading them."""
-    content = np.memmap(path, dtype=np.uint8, mode="r")
     with zipfile.ZipFile(path) as archive, open(path, "rb") as file:
         for entry in archive.infolist():
             if entry.compress_type != zipfile.ZIP_STORED:
                 raise ValueError(f"{entry.filename} is compressed")
-            file.seek(entry.header_offset)
-            header = file.read(_ZIP_HEADER)
-            name_bytes, extra_bytes = (int.from_bytes(header[at : at + 2], "little") for at in (26, 28))
-            file.seek(name_bytes + extra_bytes, io.SEEK_CUR)
-            assert np.lib.format.read_magic(file) == (1, 0)
-            shape, _, dtype = np.lib.format.read_array_header_1_0(file)
-            start = file.tell()
-            yield entry.filename, content[start : start + dtype.itemsize * shape[0]].view(np.ndarray).view(dtype)
+            yield entry.filename, mapped_array(path, content_offset(file, entry), entry.compress_size)
 
 
 @dataclass(frozen=True)

@@ -72,8 +72,7 @@ def _read_shard(dataset: ShardDataset, number: int, samples: range) -> _Found:
         read = dataset.read_all(np.arange(start, min(start + step, samples.stop)))
         for row, (image, label) in enumerate(zip(read.images, read.labels.tolist(), strict=True)):
             if row in read.damaged:
-                told = str(read.damaged[row]).partition(". See how far")[0]
-                damaged.append(told.removeprefix(f"{dataset.shard_place(number)}: "))
+                damaged.append(read.damaged[row].what.removeprefix(f"{dataset.shard_place(number)}: "))
             else:
                 digests.append(sample_digest(image.transpose(1, 2, 0), label))
     return _Found(sha256.hexdigest(), damaged, b"".join(digests))

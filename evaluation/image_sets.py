@@ -26,7 +26,7 @@ from data_pipeline.errors import DataError
 from data_pipeline.fingerprint import fingerprint, sample_digest
 from data_pipeline.index import NO_LABEL
 from data_pipeline.resize import to_rgb
-from data_pipeline.sources.image_folder import EXTENSIONS
+from data_pipeline.sources.originals import EXTENSIONS
 
 BATCH = 256  # images that a feature net is given at once
 IMAGES = "arr_0"  # the array of images in an npz (ADM's name, and numpy's for one without a name)

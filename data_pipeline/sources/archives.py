@@ -21,10 +21,10 @@ from tqdm import tqdm
 from data_pipeline import tar
 from data_pipeline.errors import DataError
 from data_pipeline.progress import progress_bar
+from data_pipeline.zipped import content_offset
 
 ARCHIVES = (".tar", ".zip")
 _MAX_INFLATED = 1 << 28  # bytes: an 8-bit RGB image at Pillow's limit of pixels
-_ZIP_HEADER = struct.Struct("<26xHH")  # of a member: the lengths of its name and of its extra field
 
 
 class Place(NamedTuple):
@@ -148,9 +148,7 @@ def zip_places(path: Path) -> Iterator[Place]:
                     continue
                 if entry.flag_bits & 1 or entry.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
                     raise DataError(f"{path}: {entry.filename} is encrypted or compressed in a rare way: unpack it.")
-                file.seek(entry.header_offset)
-                start = entry.header_offset + _ZIP_HEADER.size + sum(_ZIP_HEADER.unpack(file.read(_ZIP_HEADER.size)))
                 deflated = entry.compress_type == zipfile.ZIP_DEFLATED
-                yield Place(_relative(entry.filename), start, entry.compress_size, deflated)
+                yield Place(_relative(entry.filename), content_offset(file, entry), entry.compress_size, deflated)
     except (zipfile.BadZipFile, struct.error) as error:
         raise DataError(f"{path} is damaged or no zip archive ({error}): get it again.") from None

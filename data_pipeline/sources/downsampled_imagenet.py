@@ -18,7 +18,7 @@ import zipfile
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
-from math import isqrt, prod
+from math import isqrt
 from pathlib import Path
 from typing import IO, Any
 
@@ -30,6 +30,7 @@ from data_pipeline.progress import progress_bar, say
 from data_pipeline.safe_pickle import map_pickle
 from data_pipeline.sources.archives import ARCHIVES, zip_places
 from data_pipeline.sources.base import Collection, Source, Split
+from data_pipeline.zipped import mapped_array
 
 NUM_CLASSES = 1000
 NUM_BATCHES = 10
@@ -247,20 +248,8 @@ def _inflated(path: Path, member: str, workspace: Path) -> Path:
 
 def _mapped(path: Path, offset: int, num_bytes: int) -> NDArray[Any]:
     """The array of a NumPy file that lies in `num_bytes` bytes of `path` from `offset` on, mapped read-only."""
-    formats = np.lib.format
     try:
-        with open(path, "rb") as file:
-            file.seek(offset)
-            version = formats.read_magic(file)
-            header = formats.read_array_header_1_0 if version == (1, 0) else formats.read_array_header_2_0
-            shape, fortran_order, dtype = header(file)
-            start = file.tell()
-        if dtype.hasobject:
-            raise ValueError("Python objects")
-        if min(shape, default=1) < 0 or start + prod(shape) * dtype.itemsize > offset + num_bytes:
-            raise ValueError(f"an array {list(shape)} of {dtype} in {num_bytes:,} bytes")
-        mapped = np.memmap(path, dtype, mode="r", offset=start, shape=shape, order="F" if fortran_order else "C")
-        return mapped.view(np.ndarray)
+        return mapped_array(path, offset, num_bytes)
     except (ValueError, TypeError, OverflowError, OSError) as error:
         raise DataError(f"{path} is damaged or holds no plain arrays ({error}): get it again.") from None
 

@@ -21,8 +21,8 @@ from data_pipeline.sources.archives import ARCHIVES, Members, Place, archive_pla
 from data_pipeline.sources.base import Collection, Source
 from data_pipeline.sources.hash_order import hash_order
 from data_pipeline.sources.names import printable
-from data_pipeline.sources.originals import EXTENSIONS as EXTENSIONS
 from data_pipeline.sources.originals import (
+    EXTENSIONS,
     LooseFiles,
     Originals,
     OriginalsSplit,
