@@ -196,18 +196,16 @@ def _curve_name(law: Law) -> str:
 
 def _curve(law: Law) -> list[list[float]]:
     """The better fit as [compute, value] pairs; empty where nothing was fitted well enough to draw."""
-    drawn = [f.fit for f in law.fits if f.fit.curve is not None and f.fit.status == "ok"]
-    best = max(drawn, key=lambda fit: fit.r2_linear or -math.inf, default=None)
-    if best is None or best.curve is None:
+    if law.best is None or law.best.fit.curve is None:
         return []
     low, high = law.frontier.points[0].compute, law.frontier.points[-1].compute * _CURVE_BEYOND
     grid = np.geomspace(low, high, _CURVE_POINTS)
-    return [[float(x), float(y)] for x, y in zip(grid, best.curve(grid), strict=True)]
+    return [[float(x), float(y)] for x, y in zip(grid, law.best.fit.curve(grid), strict=True)]
 
 
 def _fit_numbers(prefix: str, law_fit: LawFit) -> dict[str, float]:
     """Every number of a fit, its intervals and its hold-out error, by name."""
-    fit, found = law_fit.fit, law_fit.bootstrap
+    fit, found = law_fit.fit, law_fit.uncertainty
     values: dict[str, Any] = {
         "num_points": fit.num_points, "r2_log": fit.r2_log, "r2_linear": fit.r2_linear, "objective": fit.objective,
         "exponent_stderr": fit.exponent_stderr, "chi2_per_dof": fit.chi2_per_dof,
@@ -217,9 +215,9 @@ def _fit_numbers(prefix: str, law_fit: LawFit) -> dict[str, float]:
     if fit.curve is not None:
         values |= {"exponent": fit.curve.exponent, "constant": fit.curve.constant}
         values["log10_coefficient"] = fit.curve.log10_coefficient
-    intervals = {"constant_profile": fit.constant_interval}
+    intervals: dict[str, tuple[float, float] | None] = {"constant_profile": fit.constant_interval}
     if found is not None:
-        intervals |= {"exponent": found.exponent, "constant": found.constant}
+        intervals |= {name: found.intervals.get(name) for name in ("exponent", "constant")}
     for name, interval in intervals.items():
         if interval is not None:
             values |= {f"{name}_low": interval[0], f"{name}_high": interval[1]}

@@ -104,7 +104,7 @@ def _draw_frontier(axes: Axes, law: Law) -> None:
         [p.compute for p in points], [p.value for p in points],
         "o", ms=9, mfc="none", mec=INK, mew=1.1, zorder=5, label="frontier",
     )  # fmt: skip
-    held_out = law.power.hold_out.points
+    held_out = law.of("power").hold_out.points
     if held_out:
         axes.plot(
             [h.point.compute for h in held_out], [h.point.value for h in held_out],
@@ -114,7 +114,7 @@ def _draw_frontier(axes: Axes, law: Law) -> None:
 
 def _draw_fits(axes: Axes, law: Law) -> None:
     drawn = [f for f in law.fits if f.fit.curve is not None and f.fit.status == "ok"]
-    best = max(drawn, key=lambda f: f.fit.r2_linear or -math.inf, default=None)
+    best = law.best
     for law_fit in drawn:
         curve = law_fit.fit.curve
         assert curve is not None
@@ -125,7 +125,7 @@ def _draw_fits(axes: Axes, law: Law) -> None:
         label = _law_text(law_fit, curve, text)
         axes.plot(inside, curve(inside), color=colour, lw=width, zorder=4, label=label)
         axes.plot(beyond, curve(beyond), color=colour, lw=0.8 * width, ls=(0, (4, 3)), zorder=4)
-        band = law_fit.bootstrap
+        band = law_fit.uncertainty
         if law_fit is best and band is not None and band.band_compute:
             axes.fill_between(
                 band.band_compute, band.band_low, band.band_high, color=colour, alpha=0.13, lw=0, zorder=1
@@ -133,11 +133,11 @@ def _draw_fits(axes: Axes, law: Law) -> None:
 
 
 def _law_text(law_fit: LawFit, curve: Curve, name: str) -> str:
-    boot = law_fit.bootstrap
+    boot = law_fit.uncertainty
     interval = ""
-    if boot is not None and boot.exponent is not None:
-        few = f" from only {boot.num_runs} runs" if boot.status == "too_few_runs" else ""
-        interval = f" [{boot.exponent[0]:.3f}, {boot.exponent[1]:.3f}{few}]"
+    if boot is not None and "exponent" in boot.intervals:
+        few = f" from only {boot.num_runs} runs" if boot.status == "uncalibrated" else ""
+        interval = f" [{boot.intervals['exponent'][0]:.3f}, {boot.intervals['exponent'][1]:.3f}{few}]"
     constant = f"c = {curve.constant:.2f}, " if law_fit.fit.form == "power_constant" else ""
     return f"{name}: {constant}exponent −{curve.exponent:.3f}{interval}, R² {law_fit.fit.r2_log:.3f}"
 
@@ -179,7 +179,12 @@ def _legends(axes: Axes, law: Law, colours: dict[int, str]) -> None:
     kept = [(h, text) for h, text in zip(drawn, labels, strict=True) if text not in skipped]
     if not law.has_fit and law.frontier.candidates:
         axes.text(
-            0.02, 0.16, f"no law fitted: {law.power.fit.message}", transform=axes.transAxes, fontsize=8.5, color=MUTED
+            0.02,
+            0.16,
+            f"no law fitted: {law.of('power').fit.message}",
+            transform=axes.transAxes,
+            fontsize=8.5,
+            color=MUTED,
         )
     if kept:
         handles, texts = zip(*kept, strict=True)

@@ -141,12 +141,12 @@ def _value(point: Point) -> str:
 
 
 def _fit_row(law_fit: LawFit) -> list[str]:
-    fit, boot, held = law_fit.fit, law_fit.bootstrap, law_fit.hold_out
+    fit, boot, held = law_fit.fit, law_fit.uncertainty, law_fit.hold_out
     name = {"power": "a C^-b", "power_constant": "c + a C^-b"}[fit.form]
     curve = fit.curve
     if curve is None or fit.r2_log is None or fit.r2_linear is None:
         return [name, str(fit.num_points), *[""] * 9, f"{fit.status}: {fit.message}"]
-    interval = boot.exponent if boot else None
+    interval = boot.intervals.get("exponent") if boot else None
     doubt = "?" if boot and boot.status != "ok" else ""
     return [
         name,

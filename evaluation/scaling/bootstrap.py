@@ -8,8 +8,6 @@ drawn, zero off the round's frontier), and all rounds are solved at once.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,34 +16,13 @@ from evaluation.scaling.fits import MIN_LOG_SPAN, MIN_POINTS, Form, base_weights
 from evaluation.scaling.frontier import domination
 from evaluation.scaling.points import Array, Columns, Point, columns
 from evaluation.scaling.solver import solve_power, solve_power_constant
+from evaluation.scaling.uncertainty import Interval, Uncertainty, UncertaintyStatus
 
 # Fewer runs than this have too few different resamples for percentiles to mean what they say.
 MIN_RUNS = 8
 # If fewer runs than this make up the frontier, most rounds select the very same points.
 MIN_FRONTIER_RUNS = 4
 MIN_VALID_SHARE = 0.8
-
-BootstrapStatus = Literal["ok", "too_few_runs", "unstable", "failed"]
-Interval = tuple[float, float]
-
-
-@dataclass(frozen=True)
-class Bootstrap:
-    """Percentile intervals of a fit's parameters and of its curve."""
-
-    status: BootstrapStatus
-    message: str  # empty for "ok"
-    num_runs: int
-    num_frontier_runs: int  # runs with a point on the frontier of all runs
-    num_rounds: int
-    num_valid: int  # rounds in which the form could be fitted
-    confidence: float
-    exponent: Interval | None = None
-    constant: Interval | None = None
-    amplitude: Interval | None = None  # of y - c at the reference compute
-    band_compute: tuple[float, ...] = ()
-    band_low: tuple[float, ...] = ()
-    band_high: tuple[float, ...] = ()
 
 
 def bootstrap(
@@ -59,7 +36,7 @@ def bootstrap(
     num_rounds: int = 1000,
     confidence: float = 0.95,
     seed: int = 0,
-) -> Bootstrap:
+) -> Uncertainty:
     """Percentile intervals over rounds of resampled runs.
 
     Args:
@@ -74,7 +51,7 @@ def bootstrap(
     num_fitted_runs = len(np.unique(c.run[~domination(c).any(axis=1)])) if frontier else num_runs
     if num_runs < 2:
         message = "one run: there is nothing to resample."
-        return Bootstrap("failed", message, num_runs, num_fitted_runs, num_rounds, 0, confidence)
+        return Uncertainty("failed", message, num_runs, num_fitted_runs, num_rounds, 0, confidence)
     rng = np.random.default_rng(seed)
     drawn = rng.multinomial(num_runs, np.full(num_runs, 1 / num_runs), size=num_rounds)  # [R, runs]
     counts = _round_counts(c, drawn, frontier)  # [R, n]
@@ -83,13 +60,13 @@ def bootstrap(
     num_valid = len(curves[0])
     if num_valid < 0.5 * num_rounds:
         message = f"the form could be fitted in only {num_valid} of {num_rounds} rounds."
-        return Bootstrap("failed", message, num_runs, num_fitted_runs, num_rounds, num_valid, confidence)
+        return Uncertainty("failed", message, num_runs, num_fitted_runs, num_rounds, num_valid, confidence)
     status, message = _status(num_runs, num_fitted_runs, num_valid, num_rounds)
     tails = [50 * (1 - confidence), 50 * (1 + confidence)]
     exponent, constants, amplitude, band = (np.percentile(values, tails, axis=0) for values in curves)
-    return Bootstrap(
-        status, message, num_runs, num_fitted_runs, num_rounds, num_valid, confidence,
-        _pair(exponent), _pair(constants), _pair(amplitude),
+    intervals = {"exponent": _pair(exponent), "constant": _pair(constants), "amplitude": _pair(amplitude)}
+    return Uncertainty(
+        status, message, num_runs, num_fitted_runs, num_rounds, num_valid, confidence, intervals,
         tuple(band_compute.tolist()), tuple(band[0].tolist()), tuple(band[1].tolist()),
     )  # fmt: skip
 
@@ -132,9 +109,9 @@ def _curves(
     return beta / scale.span, constants, amplitude * np.exp(-beta * scale.t(reference)), band
 
 
-def _status(num_runs: int, num_fitted_runs: int, num_valid: int, num_rounds: int) -> tuple[BootstrapStatus, str]:
+def _status(num_runs: int, num_fitted_runs: int, num_valid: int, num_rounds: int) -> tuple[UncertaintyStatus, str]:
     if num_runs < MIN_RUNS or num_fitted_runs < MIN_FRONTIER_RUNS:
-        return "too_few_runs", (
+        return "uncalibrated", (
             f"{num_runs} runs, {num_fitted_runs} of them on the frontier: with fewer than {MIN_RUNS} and "
             f"{MIN_FRONTIER_RUNS} the intervals only hint at the uncertainty and tend to be too narrow."
         )

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from evaluation.scaling.bootstrap import Bootstrap, bootstrap
+from evaluation.scaling.bootstrap import bootstrap
 from evaluation.scaling.fits import FORMS, Fit, Form, fit
 from evaluation.scaling.frontier import (
     MIN_IMAGES,
@@ -22,6 +22,7 @@ from evaluation.scaling.frontier import (
 )
 from evaluation.scaling.holdout import HoldOut, hold_out
 from evaluation.scaling.points import Point, columns, require_one_kind
+from evaluation.scaling.uncertainty import Uncertainty
 from evaluation.scaling.verdict import describe
 
 BAND_POINTS = 64
@@ -33,7 +34,7 @@ class LawFit:
     """One form, fitted to the frontier."""
 
     fit: Fit
-    bootstrap: Bootstrap | None  # None where there is no fit
+    uncertainty: Uncertainty | None  # None where there is no fit
     hold_out: HoldOut
 
 
@@ -49,13 +50,18 @@ class Law:
     frontier: Frontier
     run_slopes: tuple[Slope, ...]
     size_slopes: tuple[Slope, ...]
-    power: LawFit
-    power_constant: LawFit
+    fits: tuple[LawFit, ...]  # one a form, in the order of FORMS
     notes: tuple[str, ...]  # how well the law holds, in plain words; the first is the verdict
 
+    def of(self, form: Form) -> LawFit:
+        """The fit of one form."""
+        return next(f for f in self.fits if f.fit.form == form)
+
     @property
-    def fits(self) -> tuple[LawFit, ...]:
-        return self.power, self.power_constant
+    def best(self) -> LawFit | None:
+        """The fit that describes the frontier best, of those that may be drawn; None where there is none."""
+        drawn = [f for f in self.fits if f.fit.curve is not None and f.fit.status == "ok"]
+        return max(drawn, key=lambda f: f.fit.r2_linear or -math.inf, default=None)
 
     @property
     def has_fit(self) -> bool:
@@ -124,7 +130,6 @@ def fit_law(
             held_out,
         )
 
-    power, power_constant = (law_fit(form) for form in FORMS)
     first = points[0] if points else Point("", "", math.nan, None, math.nan, "", 0, 0, "", 0)
     law = Law(
         metric=first.metric,
@@ -135,8 +140,7 @@ def fit_law(
         frontier=frontier,
         run_slopes=slopes_by_run(candidates),
         size_slopes=slopes_by_size(candidates),
-        power=power,
-        power_constant=power_constant,
+        fits=tuple(law_fit(form) for form in FORMS),
         notes=(),
     )
     return dataclasses.replace(law, notes=tuple(describe(law)))

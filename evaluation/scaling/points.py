@@ -9,7 +9,6 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -135,81 +134,3 @@ def _cell(value: object) -> object:
     if value is None:
         return ""
     return repr(float(value)) if isinstance(value, float) else value  # float(): numpy's floats are floats too
-
-
-def read_csv(
-    path: Path,
-    *,
-    compute: str = "compute",
-    value: str = "value",
-    stderr: str | None = None,
-    run: str | None = None,
-) -> list[Point]:
-    """Read points from any CSV with a header, naming its columns; the other fields are read where they exist.
-
-    Args:
-        stderr: column of standard errors; by default `stderr` if there is one.
-        run: column that names the run; by default `run` if there is one, else every row is a run of its own.
-
-    Raises:
-        DataError: no such file or column, or a cell that is not a number (names the row).
-    """
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as file:
-            reader = csv.DictReader(file)
-            header = list(reader.fieldnames or [])
-            rows = list(reader)
-    except FileNotFoundError:
-        raise DataError(f"there is no file {path}.") from None
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path} is not a CSV file ({error}).") from error
-    for name in (compute, value, stderr, run):
-        if name is not None and name not in header:
-            raise DataError(f"{path} has no column {name!r}; it has: {', '.join(header) or 'nothing'}.")
-    if not rows:
-        raise DataError(f"{path} has a header and no rows.")
-    stderr = stderr or ("stderr" if "stderr" in header else None)
-    run = run or ("run" if "run" in header else None)
-    return [_row(path, n, row, compute, value, stderr, run) for n, row in enumerate(rows, start=2)]
-
-
-def _row(
-    path: Path, line: int, row: dict[str, Any], compute: str, value: str, stderr: str | None, run: str | None
-) -> Point:
-    def number(name: str | None, default: float | None = None) -> float | None:
-        text = (row.get(name) or "").strip() if name else ""
-        if not text:
-            if default is None and name in (compute, value):
-                raise DataError(f"{path}, line {line}: the cell of {name!r} is empty.")
-            return default
-        try:
-            return float(text)
-        except ValueError:
-            raise DataError(f"{path}, line {line}: {name} = {text!r} is not a number.") from None
-
-    def whole(name: str) -> int:
-        found = number(name, 0.0)
-        if found is None or not np.isfinite(found):
-            raise DataError(f"{path}, line {line}: {name} = {row.get(name)!r} is not a whole number.")
-        return int(found)
-
-    def text(name: str, default: str) -> str:
-        return (row.get(name) or "").strip() or default
-
-    x, y = number(compute), number(value)
-    assert x is not None
-    assert y is not None
-    return Point(
-        metric=text("metric", value),
-        split=text("split", ""),
-        value=y,
-        stderr=number(stderr),
-        compute=x,
-        flop_convention=text("flop_convention", UNSTATED),
-        num_params=whole("num_params"),
-        images=whole("images"),
-        run=(row.get(run) or "").strip() if run else f"row {line}",
-        seed=whole("seed"),
-        data=text("data", ""),
-        measured=text("measured", ""),
-    )

@@ -17,8 +17,8 @@ FORM_NAMES = {"power": "y = a C^-b", "power_constant": "y = c + a C^-b"}
 def describe(law: Law) -> list[str]:
     """Sentences about the law; the first is the verdict."""
     if not law.has_fit:
-        return [f"No law is fitted to the frontier: {law.power.fit.message}"]
-    notes = [_verdict(law.power), *_constant_notes(law), *_range_notes(law)]
+        return [f"No law is fitted to the frontier: {law.of('power').fit.message}"]
+    notes = [_verdict(law.of("power")), *_constant_notes(law), *_range_notes(law)]
     for law_fit in law.fits:
         name = FORM_NAMES[law_fit.fit.form]
         chi2 = law_fit.fit.chi2_per_dof
@@ -27,7 +27,7 @@ def describe(law: Law) -> list[str]:
                 f"{name}: the points lie {chi2**0.5:.1f} times further from the fit than their own standard errors "
                 "say: runs differ, or the form is wrong."
             )
-    messages = [f.bootstrap.message for f in law.fits if f.bootstrap is not None and f.bootstrap.message]
+    messages = [f.uncertainty.message for f in law.fits if f.uncertainty is not None and f.uncertainty.message]
     notes += [f"Bootstrap: {message}" for message in dict.fromkeys(messages)]
     return notes
 
@@ -53,7 +53,7 @@ def _verdict(power: LawFit) -> str:
 
 
 def _constant_notes(law: Law) -> list[str]:
-    fit = law.power_constant.fit
+    fit = law.of("power_constant").fit
     if fit.curve is None or fit.constant_interval is None:
         return [f"With a constant: not fitted ({fit.status}): {fit.message}"]
     low, high = fit.constant_interval

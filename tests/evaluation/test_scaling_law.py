@@ -15,11 +15,13 @@ from scaling_points import curve_points, point, study
 
 from data_pipeline.errors import DataError
 from evaluation.report.tables import law_report
-from evaluation.scaling.bootstrap import Bootstrap, bootstrap
+from evaluation.scaling.bootstrap import bootstrap
 from evaluation.scaling.frontier import find_frontier, slopes_by_run, slopes_by_size
 from evaluation.scaling.holdout import hold_out
 from evaluation.scaling.law import Law, fit_law
-from evaluation.scaling.points import Point, points_from_records, read_csv, write_csv
+from evaluation.scaling.points import Point, points_from_records, write_csv
+from evaluation.scaling.sources import ColumnNames, read_csv
+from evaluation.scaling.uncertainty import Uncertainty
 from trainer.tracking.records import EvalRecord
 
 ROOT = Path(__file__).parents[2]
@@ -46,17 +48,17 @@ def test_csv_round_trip_is_exact(tmp_path: Path) -> None:
 def test_any_csv_can_be_read(tmp_path: Path) -> None:
     path = tmp_path / "table.csv"
     path.write_text("flops,fid,err,model\n1e18,30,0.5,a\n2e18,20,,b\n")
-    found = read_csv(path, compute="flops", value="fid", stderr="err", run="model")
+    found = read_csv(path, ColumnNames("flops", "fid", "err", "model"))
     assert [(p.compute, p.value, p.stderr, p.run, p.metric) for p in found] == [
         (1e18, 30.0, 0.5, "a", "fid"),
         (2e18, 20.0, None, "b", "fid"),
     ]
     for columns, message in (
-        ({"compute": "gflops", "value": "fid"}, "no column 'gflops'"),
-        ({}, "no column 'compute'"),
+        (ColumnNames("gflops", "fid"), "no column 'gflops'"),
+        (ColumnNames(), "no column 'compute'"),
     ):
         with pytest.raises(DataError, match=message):
-            read_csv(path, **columns)
+            read_csv(path, columns)
     path.write_text("compute,value\n1e18,thirty\n")
     with pytest.raises(DataError, match="line 2: value = 'thirty' is not a number"):
         read_csv(path)
@@ -132,10 +134,10 @@ def test_slopes() -> None:
 
 def test_bootstrap_without_noise_is_the_truth() -> None:
     law = fit_law(power_study(), num_rounds=200)
-    found = law.power.bootstrap
-    assert isinstance(found, Bootstrap)
+    found = law.of("power").uncertainty
+    assert isinstance(found, Uncertainty)
     assert found.status == "ok"
-    assert found.exponent == pytest.approx((0.1, 0.1), rel=1e-9)
+    assert found.intervals["exponent"] == pytest.approx((0.1, 0.1), rel=1e-9)
 
 
 def test_bootstrap_resamples_runs_and_not_points() -> None:
@@ -149,9 +151,7 @@ def test_bootstrap_resamples_runs_and_not_points() -> None:
     by_run = bootstrap(points, "power", **kwargs)  # type: ignore[arg-type]
     alone = [dataclasses.replace(p, run=str(i)) for i, p in enumerate(points)]
     by_point = bootstrap(alone, "power", **kwargs)  # type: ignore[arg-type]
-    assert by_run.exponent is not None
-    assert by_point.exponent is not None
-    assert np.ptp(by_run.exponent) > 3 * np.ptp(by_point.exponent)
+    assert np.ptp(by_run.intervals["exponent"]) > 3 * np.ptp(by_point.intervals["exponent"])
 
 
 def test_bootstrap_of_one_round_equals_a_fit_of_the_drawn_runs() -> None:
@@ -168,13 +168,13 @@ def test_bootstrap_of_one_round_equals_a_fit_of_the_drawn_runs() -> None:
     x, y = np.log([p.compute for p in chosen]), np.log([p.value for p in chosen])
     weight = np.array([count[p.run] for p in chosen]) * np.exp(2 * y)  # equal standard errors of the values
     slope = np.polyfit(x, y, 1, w=np.sqrt(weight))[0]
-    assert found.exponent == pytest.approx((-slope, -slope), rel=1e-9)
+    assert found.intervals["exponent"] == pytest.approx((-slope, -slope), rel=1e-9)
 
 
 def test_few_runs_are_not_trusted() -> None:
     law = fit_law(study(), num_rounds=100)
-    assert law.power.bootstrap is not None
-    assert law.power.bootstrap.status == "too_few_runs"
+    assert law.of("power").uncertainty is not None
+    assert law.of("power").uncertainty.status == "uncalibrated"
     assert any("4 runs" in note for note in law.notes)
 
 
@@ -209,7 +209,7 @@ def test_law_of_an_exact_power_law_says_that_it_holds() -> None:
 def test_law_of_a_bent_frontier_says_so() -> None:
     compute = np.geomspace(1e15, 1e19, 12)
     law = fit_law(curve_points(compute, 3 + 4 * (compute / 1e15) ** -0.4), num_rounds=100)
-    assert law.power_constant.fit.status == "ok"
+    assert law.of("power_constant").fit.status == "ok"
     assert any(note.startswith("The frontier bends: c = 3") for note in law.notes)
     assert not law.verdict.startswith("A pure power law holds over")
 
@@ -219,7 +219,7 @@ def test_one_size_is_a_learning_curve() -> None:
     law = fit_law(points, num_rounds=50)
     assert not law.has_fit
     assert {f.fit.status for f in law.fits} == {"one_size"}
-    assert law.power.hold_out.mean_relative_error is None
+    assert law.of("power").hold_out.mean_relative_error is None
     assert law.size_slopes[0].slope is not None
 
 
@@ -247,7 +247,7 @@ def test_degenerate_studies_give_no_law(points: list[Point]) -> None:
 def test_law_json_and_report() -> None:
     law: Law = fit_law(study(), num_rounds=100)
     value = json.loads(json.dumps(law.to_json(), allow_nan=False))
-    assert value["power"]["fit"]["curve"]["exponent"] == law.power.fit.curve.exponent  # type: ignore[union-attr]
+    assert value["fits"][0]["fit"]["curve"]["exponent"] == law.of("power").fit.curve.exponent  # type: ignore[union-attr]
     report = law_report(law)
     assert law.verdict in report
     for p in law.frontier.candidates:
@@ -270,7 +270,7 @@ def test_fit_command(tmp_path: Path) -> None:
     found = json.loads(command(*names, "--form", "power_constant", "--json").stdout)
     assert found["fit"]["status"] == "ok"
     assert found["fit"]["curve"]["constant"] == pytest.approx(3, abs=1e-6)
-    assert found["bootstrap"]["exponent"] == pytest.approx([0.4, 0.4], rel=1e-6)
+    assert found["uncertainty"]["intervals"]["exponent"] == pytest.approx([0.4, 0.4], rel=1e-6)
     fixed = json.loads(command(*names, "--constant", "3", "--json").stdout)
     assert fixed["fit"]["curve"]["exponent"] == pytest.approx(0.4, rel=1e-9)
     assert "exponent   0.4" in command(*names, "--constant", "profile").stdout
