@@ -3,31 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from cluster.folder import StudyFolder
 from cluster.plan import flops, format_table
 from data_pipeline.files import write_atomic, write_json
 from evaluation.report.figures import draw_law, save_figure
+from evaluation.report.law_runs import curve_name, law_runs
 from evaluation.report.style import is_fitted, metric_label, size_label, split_label
 from evaluation.report.tables import fits_table, law_report
-from evaluation.scaling.law import Law, LawFit, fit_law
+from evaluation.scaling.law import Law, fit_law
 from evaluation.scaling.points import Point, point_from_record, write_csv
-from trainer.tracking.points import LawRun
+from trainer.tracking.points import save_law_runs
 from trainer.tracking.records import EvalRecord
 
 GAP = "nll_gap"  # held-out NLL minus that on training images
-_CURVE_POINTS = 100
-_CURVE_BEYOND = 3.0  # the fitted curve goes this factor beyond the largest compute
 
 
 @dataclass(frozen=True)
@@ -54,9 +48,9 @@ def write_report(folder: StudyFolder) -> Report:
     text += f"\n\n{quality}" if quality else ""
     full = "\n\n\n".join([trials_table(folder, records), *(law_report(law) for law in laws), quality])
     write_atomic(folder.law / "report.txt", full + "\n")
-    _write_laws(folder, laws, points)
+    _write_laws(folder, laws)
     drawn = [figure for figure in figures if figure is not None]
-    return Report(text, drawn[0] if drawn else None, tuple(_curve_name(law) for law in laws if law.metric != GAP))
+    return Report(text, drawn[0] if drawn else None, tuple(curve_name(law) for law in laws if law.metric != GAP))
 
 
 def gap_points(records: Sequence[EvalRecord]) -> list[Point]:
@@ -89,44 +83,9 @@ def trials_table(folder: StudyFolder, records: dict[str, list[EvalRecord]]) -> s
     return format_table(header, rows)
 
 
-def law_run(folder: StudyFolder, laws: Sequence[Law], points: Sequence[Point]) -> LawRun:
-    """The fits as a tracker shows them."""
-    content = json.dumps([dataclasses.asdict(point) for point in points], sort_keys=True)
-    metrics: dict[str, float] = {}
-    params: dict[str, str] = {}
-    for law in laws:
-        for law_fit in law.fits:
-            prefix = f"law/{_curve_name(law)}/{law_fit.fit.form}"
-            metrics |= _fit_numbers(prefix, law_fit)
-            params[f"{prefix}/status"] = law_fit.fit.status
-        params[f"law/{_curve_name(law)}/verdict"] = law.verdict
-    curves = {_curve_name(law): curve for law in laws if law.metric != GAP and (curve := _curve(law))}
-    digest = hashlib.sha256(content.encode()).hexdigest()[:16]
-    return LawRun(
-        id=f"{folder.study.name}-law-{digest}",
-        name="law",
-        study=folder.study.name,
-        time=_time_of(folder.law / "law_run.json", digest),
-        metrics=metrics,
-        params=params,
-        tags={"size": "law", "mlflow.runColor": "#c0392b", "mlflow.note.content": "\n\n".join(_verdicts(laws))},
-        curves=curves,
-    )
-
-
-def _write_laws(folder: StudyFolder, laws: Sequence[Law], points: Sequence[Point]) -> None:
-    run = law_run(folder, laws, points)
+def _write_laws(folder: StudyFolder, laws: Sequence[Law]) -> None:
     write_json(folder.law / "law.json", {"study": folder.study.name, "laws": [law.to_json() for law in laws]})
-    run.save(folder.law)
-
-
-def _time_of(path: Path, digest: str) -> float:
-    """The time of an equal earlier fit, so that sending it again adds nothing; else now."""
-    if path.exists():
-        earlier = json.loads(path.read_text())
-        if earlier["id"].endswith(digest):
-            return float(earlier["time"])
-    return time.time()
+    save_law_runs(folder.law, law_runs(laws, study=folder.study.name))
 
 
 def _groups(points: Sequence[Point]) -> list[list[Point]]:
@@ -143,7 +102,7 @@ def _order(kind: tuple[str, str]) -> tuple[int, str, str]:
 def _draw(folder: StudyFolder, law: Law) -> Path | None:
     if law.metric == GAP or not law.frontier.candidates:
         return None
-    path = folder.law / f"{_curve_name(law).replace('/', '_')}.png"
+    path = folder.law / f"{curve_name(law).replace('/', '_')}.png"
     where = f", {split_label(law.split)}" if law.split else ""
     save_figure(draw_law(law, title=f"{folder.study.name}: {metric_label(law.metric)}{where}"), path)
     return path
@@ -188,45 +147,6 @@ def _quality_text(records: Sequence[EvalRecord]) -> str:
     one = next((record for record in last.values() if "feature_net" in record.measured), next(iter(last.values())))
     how = f"N = {one.n:,}, {one.measured['sampler']} sampler, respacing {one.measured['respacing']}"
     return f"sample quality at each trial's last point, {how}\n\n{format_table(['trial', *metrics], rows)}"
-
-
-def _curve_name(law: Law) -> str:
-    return f"{law.metric}/{law.split}" if law.split else law.metric
-
-
-def _curve(law: Law) -> list[list[float]]:
-    """The better fit as [compute, value] pairs; empty where nothing was fitted well enough to draw."""
-    if law.best is None or law.best.fit.curve is None:
-        return []
-    low, high = law.frontier.points[0].compute, law.frontier.points[-1].compute * _CURVE_BEYOND
-    grid = np.geomspace(low, high, _CURVE_POINTS)
-    return [[float(x), float(y)] for x, y in zip(grid, law.best.fit.curve(grid), strict=True)]
-
-
-def _fit_numbers(prefix: str, law_fit: LawFit) -> dict[str, float]:
-    """Every number of a fit, its intervals and its hold-out error, by name."""
-    fit, found = law_fit.fit, law_fit.uncertainty
-    values: dict[str, Any] = {
-        "num_points": fit.num_points, "r2_log": fit.r2_log, "r2_linear": fit.r2_linear, "objective": fit.objective,
-        "exponent_stderr": fit.exponent_stderr, "chi2_per_dof": fit.chi2_per_dof,
-        "share_of_starts": fit.share_of_starts, "condition_number": fit.condition_number,
-        "held_out_error": law_fit.hold_out.mean_relative_error,
-    }  # fmt: skip
-    if fit.curve is not None:
-        values |= {"exponent": fit.curve.exponent, "constant": fit.curve.constant}
-        values["log10_coefficient"] = fit.curve.log10_coefficient
-    intervals: dict[str, tuple[float, float] | None] = {"constant_profile": fit.constant_interval}
-    if found is not None:
-        intervals |= {name: found.intervals.get(name) for name in ("exponent", "constant")}
-    for name, interval in intervals.items():
-        if interval is not None:
-            values |= {f"{name}_low": interval[0], f"{name}_high": interval[1]}
-    numbers = {f"{prefix}/{name}": float(value) for name, value in values.items() if value is not None}
-    return {name: value for name, value in numbers.items() if math.isfinite(value)}
-
-
-def _verdicts(laws: Sequence[Law]) -> list[str]:
-    return [f"**{_curve_name(law)}**: {law.verdict}" for law in laws]
 
 
 def _named(records: Sequence[EvalRecord], name: str) -> list[EvalRecord]:

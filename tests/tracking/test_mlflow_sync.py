@@ -17,7 +17,7 @@ import yaml
 from data_pipeline.errors import UserError
 from trainer.tracking.follow import follow
 from trainer.tracking.mlflow_sync import Tracker, connect, saved_views, sync_folder, sync_law, sync_run, write_views
-from trainer.tracking.points import LawRun, eval_points, flatten, train_points
+from trainer.tracking.points import LawRun, eval_points, flatten, load_law_runs, save_law_runs, train_points
 from trainer.tracking.records import EvalRecord, RecordWriter, TrainRecord
 from trainer.tracking.uri import redact
 
@@ -192,31 +192,52 @@ def test_samples_and_config_become_artifacts(run: Path, tracker: Tracker) -> Non
     assert "config.yaml" in [f.path for f in tracker.client.list_artifacts(run_id)]
 
 
-def law(folder: Path, law_id: str) -> Path:
+def fit(law_id: str, form: str, exponent: float) -> LawRun:
+    curve = [[1e9, 8.0], [1e10, 6.0]]
+    return LawRun(
+        law_id, f"law nll/test: {form}", "s", 1.0, {"exponent": exponent}, {"status": "ok"},
+        {"kind": "law", "form": form}, {"nll/test": curve}, {"fit.json": {"form": form}},
+    )  # fmt: skip
+
+
+def law(folder: Path, *fits: LawRun) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "points.csv").write_text("x\n")
-    curve = [[1e9, 8.0], [1e10, 6.0]]
-    LawRun(law_id, "law", "s", 1.0, {"law/b": 0.1}, {"law/status": "ok"}, {}, {"nll/test": curve}).save(folder)
+    save_law_runs(folder, [*fits, LawRun("s-report", "report", "s", 1.0, tags={"kind": "report"}, carries_files=True)])
     return folder
 
 
-def test_a_newer_law_takes_the_place_of_the_older(tmp_path: Path, tracker: Tracker) -> None:
-    first = sync_law(law(tmp_path / "law", "law-1"), tracker)
-    assert sync_law(tmp_path / "law", tracker) == first
-    second = sync_law(law(tmp_path / "law", "law-2"), tracker)
-    assert [r.info.run_id for r in tracker.find_runs({"kind": "law"})] == [second]
-    history = tracker.client.get_metric_history(second, "nll/test")
+def test_every_fit_is_a_run_and_a_changed_one_takes_the_place_of_the_older(tmp_path: Path, tracker: Tracker) -> None:
+    folder = law(tmp_path / "law", fit("law-1", "power", 0.1), fit("law-2", "broken", 0.2))
+    power, broken, report = sync_law(folder, tracker)
+    assert sync_law(folder, tracker) == [power, broken, report]
+    law(folder, fit("law-1", "power", 0.1), fit("law-3", "broken", 0.3))
+    newer = sync_law(folder, tracker)
+    assert (newer[0], newer[2]) == (power, report)
+    runs = {r.info.run_id: r.data for r in tracker.find_runs({"kind": "law"})}
+    assert {run_id: data.metrics["exponent"] for run_id, data in runs.items()} == {power: 0.1, newer[1]: 0.3}
+    history = tracker.client.get_metric_history(newer[1], "nll/test")
     assert [(m.step, m.value) for m in history] == [(0, 8.0), (1, 6.0)]
-    assert [m.value for m in tracker.client.get_metric_history(second, "compute")] == [1e9, 1e10]
-    assert "points.csv" in [f.path for f in tracker.client.list_artifacts(second)]
+    assert [m.value for m in tracker.client.get_metric_history(power, "compute")] == [1e9, 1e10]
+    assert [f.path for f in tracker.client.list_artifacts(power)] == ["fit.json"]
+    assert {"points.csv", "law_runs.json"} <= {f.path for f in tracker.client.list_artifacts(report)}
+
+
+def test_a_fit_keeps_its_time_and_a_new_one_gets_its_own(tmp_path: Path) -> None:
+    save_law_runs(tmp_path, [LawRun("a", "law", "s", 0.0)])
+    (first,) = load_law_runs(tmp_path)
+    save_law_runs(tmp_path, [LawRun("b", "law", "s", 0.0), LawRun("a", "law", "s", 0.0)])
+    new, same = load_law_runs(tmp_path)
+    assert same == first
+    assert new.time > first.time > 0
 
 
 def test_a_study_folder_is_sent_whole_and_unchanged_parts_are_left_out(run: Path, tracker: Tracker) -> None:
     study = run.parent.parent
-    law(study / "law", "law-1")
+    law(study / "law", fit("law-1", "power", 0.1))
     seen: dict[Path, tuple[object, ...]] = {}
     assert not sync_folder(study, tracker, seen)
-    assert {r.info.run_name for r in tracker.find_runs({"study": "s"})} == {"C=8", "law"}
+    assert {r.info.run_name for r in tracker.find_runs({"study": "s"})} == {"C=8", "law nll/test: power", "report"}
     marks = dict(seen)
     sync_folder(study, tracker, seen)
     assert seen == marks

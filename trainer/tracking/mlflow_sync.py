@@ -47,6 +47,7 @@ from trainer.tracking.points import (
     eval_points,
     flatten,
     law_points,
+    load_law_runs,
     train_points,
 )
 from trainer.tracking.records import read_eval_records, read_train_records
@@ -169,25 +170,33 @@ def sync_run(folder: Path, tracker: Tracker, *, tags: Mapping[str, str] | None =
     return str(run_id)
 
 
-def sync_law(folder: Path, tracker: Tracker) -> str:
-    """Send a fit (`law_run.json` and the files beside it) as a run of its own; earlier fits of the study are removed.
+def sync_law(folder: Path, tracker: Tracker) -> list[str]:
+    """Send a `law` folder: each fit as a run of its own, and the files as those of the report's run.
 
-    Returns MLflow's run id.
+    What the study's tracker holds of fits that are no more is removed. Returns MLflow's run ids.
     """
-    law = LawRun.load(folder)
-    kept = {RUN_ID_TAG: law.id, STUDY_TAG: law.study, KIND_TAG: "law"}
+    laws = load_law_runs(folder)
     with _exclusive(folder / f"{tracker.cursor_name}.lock"):
-        run = tracker.open_run(law.id, law.name, law.time)
-        run_id = str(run.info.run_id)
-        tracker.describe(run, law.params, law.tags | kept)
-        tracker.send(run_id, law_points(law))
+        run_ids = [_send_law(law, folder, tracker) for law in laws]
+        # The newest fits are drawn over the trials; older ones would be drawn too. MLflow keeps them in its bin.
+        for study in {law.study for law in laws}:
+            for old in tracker.find_runs({STUDY_TAG: study, KIND_TAG: "law"}):
+                if old.info.run_id not in run_ids:
+                    tracker.client.delete_run(old.info.run_id)
+    return run_ids
+
+
+def _send_law(law: LawRun, folder: Path, tracker: Tracker) -> str:
+    run = tracker.open_run(law.id, law.name, law.time)
+    run_id = str(run.info.run_id)
+    tracker.describe(run, law.params, law.tags | {RUN_ID_TAG: law.id, STUDY_TAG: law.study})
+    tracker.send(run_id, law_points(law))
+    for name, document in law.documents.items():
+        tracker.client.log_dict(run_id, document, name)
+    if law.carries_files:
         files = [(path, None) for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
         tracker.upload(run_id, files, {})
-        tracker.client.set_terminated(run_id, "FINISHED", int(law.time * 1000))
-        # The newest fit is drawn over the trials; older ones would be drawn too. MLflow keeps them in its bin.
-        for old in tracker.find_runs({STUDY_TAG: law.study, KIND_TAG: "law"}):
-            if old.info.run_id != run_id:
-                tracker.client.delete_run(old.info.run_id)
+    tracker.client.set_terminated(run_id, "FINISHED", int(law.time * 1000))
     return run_id
 
 

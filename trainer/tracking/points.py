@@ -14,8 +14,9 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,7 +26,7 @@ from trainer.tracking.records import EvalRecord, TrainRecord
 TRAIN_COMPUTE = "train/compute"
 COMPUTE = "compute"
 BY_COMPUTE = " by GFLOP"
-LAW_FILE = "law_run.json"
+LAW_FILE = "law_runs.json"
 _SECRET_WORDS = ("password", "secret", "token", "credential", "api_key")
 
 
@@ -40,7 +41,7 @@ class Point(NamedTuple):
 
 @dataclass(frozen=True)
 class LawRun:
-    """A fit as a tracker shows it: numbers, and fitted curves that are drawn over the trials' own."""
+    """A fit, or a study's report, as a tracker shows it: numbers, files, and curves drawn over the trials' own."""
 
     id: str  # unique to its content: the same fit again is the same run
     name: str
@@ -50,13 +51,21 @@ class LawRun:
     params: dict[str, str] = field(default_factory=dict)
     tags: dict[str, str] = field(default_factory=dict)
     curves: dict[str, list[list[float]]] = field(default_factory=dict)  # metric name -> [compute, value] pairs
+    documents: dict[str, Any] = field(default_factory=dict)  # file name -> JSON
+    carries_files: bool = False  # of the `law` folder: report, figures, points
 
-    def save(self, folder: Path) -> None:
-        write_json(folder / LAW_FILE, self.__dict__)
 
-    @classmethod
-    def load(cls, folder: Path) -> LawRun:
-        return cls(**json.loads((folder / LAW_FILE).read_text()))
+def save_law_runs(folder: Path, runs: Sequence[LawRun]) -> None:
+    """Write the runs of a `law` folder. One that was there before keeps its time, so that sending it adds nothing."""
+    earlier = {run.id: run.time for run in load_law_runs(folder)}
+    dated = [replace(run, time=earlier.get(run.id, run.time or time.time())) for run in runs]
+    write_json(folder / LAW_FILE, {"runs": [asdict(run) for run in dated]})
+
+
+def load_law_runs(folder: Path) -> list[LawRun]:
+    """The runs of a `law` folder; none where it has no fit yet."""
+    path = folder / LAW_FILE
+    return [LawRun(**run) for run in json.loads(path.read_text())["runs"]] if path.exists() else []
 
 
 def train_points(record: TrainRecord) -> Iterator[Point]:
