@@ -5,11 +5,15 @@ count appears. A weighting is a row of `weights` [R, n]; the bootstrap passes on
 
 Power: log(y - c0) = log A - beta t, closed form. Power with constant: y = c + A exp(-beta t) is linear in (c, A) for a
 given beta, so they are projected out (Golub & Pereyra 1973, variable projection) and one dimension is left: a grid
-over beta finds the basin of the global minimum, bisection of the exact derivative its bottom.
+over beta finds the basin of the global minimum, a bracketing root finder of the exact derivative its bottom.
+
+Values are one row [n] for all weightings (the bootstrap that draws runs again) or a row for each [R, n] (the one that
+draws new values).
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,7 +23,8 @@ Array = NDArray[np.float64]
 
 # Starting exponents over the whole range of compute: from nearly straight in log C to gone after 2 % of the range.
 STARTS: Array = np.geomspace(0.02, 60.0, 240)
-_BISECTIONS = 46  # from a bracket of 7 % to a rounding error
+_MAX_ITERATIONS = 60  # of the root finder; it needs 6 to 12
+_BETA_TOLERANCE = 4e-16  # relative: a rounding error or two
 _BLOCK = 1 << 21  # weights handled at once: bounds memory
 
 
@@ -38,12 +43,12 @@ def solve_power(t: Array, log_y: Array, weights: Array) -> Solutions:
     """Weighted straight lines log y = log A - beta t.
 
     Args:
-        t, log_y: [n].
+        t: [n]. log_y: [n] or [R, n].
         weights: [R, n], zero for a point left out.
     """
     total = weights.sum(axis=1)
     with np.errstate(divide="ignore", invalid="ignore"):
-        mean_t, mean_y = weights @ t / total, weights @ log_y / total
+        mean_t, mean_y = weights @ t / total, (weights * log_y).sum(axis=1) / total
         dt, dy = t - mean_t[:, None], log_y - mean_y[:, None]  # [R, n]
         variance = np.einsum("rn,rn,rn->r", weights, dt, dt)
         variance[variance <= 1e-20 * total] = np.nan  # one compute only
@@ -58,15 +63,15 @@ def solve_power_constant(t: Array, y: Array, weights: Array, lower: Array, upper
     """Weighted least squares of y = c + A exp(-beta t) with lower <= c <= upper and A >= 0.
 
     Args:
-        t, y: [n].
+        t: [n]. y: [n] or [R, n].
         weights: [R, n], zero for a point left out.
         lower, upper: bounds of c [R]; equal bounds fix it, which is how the constant is profiled.
     """
     step = max(1, _BLOCK // max(1, len(t)))
-    parts = [
-        _solve_block(t, y, weights[i : i + step], lower[i : i + step], upper[i : i + step])
-        for i in range(0, len(weights), step)
-    ]
+    parts = []
+    for i in range(0, len(weights), step):
+        rows = slice(i, i + step)
+        parts.append(_solve_block(t, y if y.ndim == 1 else y[rows], weights[rows], lower[rows], upper[rows]))
     fields = ("beta", "constant", "amplitude", "objective", "at_edge")
     return Solutions(*(np.concatenate([getattr(part, name) for part in parts]) for name in fields))
 
@@ -110,18 +115,44 @@ def _project(s: Array, se: Array, see: Array, sy: Array, sye: Array, lower: Arra
 def _solve_block(t: Array, y: Array, weights: Array, lower: Array, upper: Array) -> Solutions:
     best = np.argmin(grid_objective(t, y, weights, lower, upper), axis=1)
     low, high = STARTS[np.maximum(best - 1, 0)], STARTS[np.minimum(best + 1, len(STARTS) - 1)]
-    for _ in range(_BISECTIONS):
-        middle = (low + high) / 2
+
+    def slope(beta: Array) -> Array:
         # d objective / d beta = 2 A sum w r t e, where r is the residual: (c, A) being optimal, their part vanishes.
-        _, amplitude, e, residual = _at(middle, t, y, weights, lower, upper)
-        rising = np.einsum("rn,rn,n,rn->r", weights, residual, t, e) * amplitude > 0
-        low, high = np.where(rising, low, middle), np.where(rising, middle, high)
-    beta = (low + high) / 2
+        _, amplitude, e, residual = _at(beta, t, y, weights, lower, upper)
+        return np.asarray(np.einsum("rn,rn,n,rn->r", weights, residual, t, e) * amplitude)
+
+    beta = _root(slope, low, high)
     c, amplitude, _, residual = _at(beta, t, y, weights, lower, upper)
     objective = np.einsum("rn,rn,rn->r", weights, residual, residual)
     objective[(weights > 0).sum(axis=1) < 2] = np.nan
     at_edge = (beta < STARTS[0] * 1.0001) | (beta > STARTS[-1] * 0.9999)
     return Solutions(beta, c, amplitude, objective, at_edge)
+
+
+def _root(slope: Callable[[Array], Array], low: Array, high: Array) -> Array:
+    """Where a rising function changes sign, for many brackets [R] at once (Illinois; Dowell & Jarratt 1971).
+
+    Where it does not change sign the end at which the minimum lies is returned.
+    """
+    f_low, f_high = slope(low), slope(high)
+    low, high = np.where(f_high < 0, high, low), np.where(f_low > 0, low, high)
+    moved = np.zeros(len(low))  # which end moved last: -1 low, 1 high
+    for _ in range(_MAX_ITERATIONS):
+        with np.errstate(divide="ignore", invalid="ignore"):
+            middle = high - f_high * (high - low) / (f_high - f_low)
+        inside = (middle > low) & (middle < high)
+        middle = np.where(inside, middle, (low + high) / 2)
+        f = slope(middle)
+        rising = f > 0
+        side = np.where(rising, 1.0, -1.0)
+        again = side == moved
+        f_low = np.where(rising, np.where(again, f_low / 2, f_low), f)
+        f_high = np.where(rising, f, np.where(again, f_high / 2, f_high))
+        low, high = np.where(rising, low, middle), np.where(rising, middle, high)
+        moved = side
+        if np.all((high - low <= _BETA_TOLERANCE * high) | (f == 0)):
+            break
+    return np.asarray(np.where(np.abs(f_low) < np.abs(f_high), low, high))
 
 
 def _at(
@@ -130,10 +161,11 @@ def _at(
     """c [R], A [R], e [R, n] and residuals [R, n] at given exponents, by centred sums (no cancellation)."""
     e = np.exp(-beta[:, None] * t)
     s = weights.sum(axis=1)
+    weighted_y = weights * y
     with np.errstate(divide="ignore", invalid="ignore"):
-        mean_e, mean_y = np.einsum("rn,rn->r", weights, e) / s, weights @ y / s
+        mean_e, mean_y = np.einsum("rn,rn->r", weights, e) / s, weighted_y.sum(axis=1) / s
         de = e - mean_e[:, None]
-        slope = np.einsum("rn,rn,n->r", weights, de, y) / np.einsum("rn,rn,rn->r", weights, de, de)
+        slope = np.einsum("rn,rn->r", de, weighted_y) / np.einsum("rn,rn,rn->r", weights, de, de)
         c = np.clip(mean_y - slope * mean_e, lower, upper)
         c = np.where(np.isfinite(c), c, lower)
         clipped = (c == lower) | (c == upper)
