@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from evaluation.scaling.points import Array, Columns, Point, columns
+from evaluation.scaling.seeds import average_seeds
 
 MIN_IMAGES = 1000  # points before this are a network still at its initialisation, never fitted
 
@@ -23,11 +24,14 @@ class Exclusion:
 
 @dataclass(frozen=True)
 class Frontier:
-    """The points that no run beats at their compute."""
+    """The points that no curve beats at their compute. A curve is a run, or the mean of runs that differ in seed."""
 
     points: tuple[Point, ...]  # by compute
-    candidates: tuple[Point, ...]  # all that were admitted, by compute
-    exclusions: tuple[Exclusion, ...]
+    candidates: tuple[Point, ...]  # all points of the curves, by compute
+    admitted: tuple[
+        Point, ...
+    ]  # of the runs themselves, by compute; the candidates are these where seeds do not repeat
+    exclusions: tuple[Exclusion, ...]  # candidates that are not on the frontier, and points that were not admitted
     sizes: tuple[int, ...]  # parameter counts that reach it, ascending
 
     @property
@@ -55,7 +59,8 @@ def admit(points: Sequence[Point], *, min_images: int = MIN_IMAGES) -> tuple[lis
 
 def find_frontier(points: Sequence[Point], *, min_images: int = MIN_IMAGES) -> Frontier:
     """Candidates, the frontier among them, and the reason for every point that is not on it."""
-    candidates, exclusions = admit(points, min_images=min_images)
+    admitted, exclusions = admit(points, min_images=min_images)
+    candidates = average_seeds(admitted)
     beaten = domination(columns(candidates))
     runs = columns(candidates).runs
     on_frontier = []
@@ -67,27 +72,49 @@ def find_frontier(points: Sequence[Point], *, min_images: int = MIN_IMAGES) -> F
         else:
             on_frontier.append(point)
     sizes = tuple(sorted({p.num_params for p in on_frontier}))
-    return Frontier(tuple(on_frontier), tuple(candidates), tuple(exclusions), sizes)
+    return Frontier(tuple(on_frontier), tuple(candidates), tuple(admitted), tuple(exclusions), sizes)
 
 
 def domination(c: Columns) -> NDArray[np.bool_]:
-    """Whether a run beats a point at the point's compute: [n, runs].
+    """Whether a curve beats a point at the point's compute: [n, curves]; a curve is a run of `c`."""
+    log_x, log_y = np.log(c.compute), np.log(c.value)
+    beaten = [_beats(own, log_x, log_y[None])[0] for own in _curves(c)]
+    return np.array(beaten, dtype=bool).reshape(len(c.runs), len(log_x)).T
+
+
+def frontier_mask(c: Columns, log_y: Array) -> NDArray[np.bool_]:
+    """Which points are on the frontier, for many sets of values of the same points: [R, n] of log values [R, n]."""
+    beaten = np.zeros(log_y.shape, dtype=bool)
+    for own in _curves(c):
+        beaten |= _beats(own, np.log(c.compute), log_y)
+    return ~beaten
+
+
+def _curves(c: Columns) -> list[NDArray[np.int64]]:
+    """The points of each run, by compute."""
+    order = np.lexsort((np.log(c.value), c.compute, c.run))
+    return np.split(order, np.flatnonzero(np.diff(c.run[order])) + 1) if len(order) else []
+
+
+def _beats(own: NDArray[np.int64], log_x: Array, log_y: Array) -> NDArray[np.bool_]:
+    """Whether the curve of the points `own` beats each point at its compute: [R, n] of log values [R, n].
 
     It does if it has as good a value at less compute (or a better one at the same), or if the straight line in log-log
     between its neighbouring points passes below. Learning curves are convex there, so the line is above the run's true
     curve: where checkpoints are sparse, a point is not on the frontier only because others were not evaluated near it.
     """
-    log_x, log_y = np.log(c.compute), np.log(c.value)
-    beaten = np.zeros((len(log_x), len(c.runs)), dtype=bool)
-    for run in range(len(c.runs)):
-        own = np.flatnonzero(c.run == run)
-        own = own[np.lexsort((log_y[own], log_x[own]))]
-        x, lowest = log_x[own], np.minimum.accumulate(log_y[own])
-        before, upto = (np.searchsorted(x, log_x, side=side) for side in ("left", "right"))
-        padded = np.concatenate([[np.inf], lowest])  # padded[k]: the least of the first k points
-        beaten[:, run] = (padded[before] <= log_y) | (padded[upto] < log_y)
-        line = np.interp(log_x, x, log_y[own], left=np.inf, right=np.inf)
-        beaten[:, run] |= (line < log_y - 1e-12) & (c.run != run)
+    x, y = log_x[own], log_y[:, own]
+    before, upto = (np.searchsorted(x, log_x, side=side) for side in ("left", "right"))
+    # lowest[:, k]: the least of the first k points
+    lowest = np.minimum.accumulate(np.concatenate([np.full((len(y), 1), np.inf), y], axis=1), axis=1)
+    beaten = (lowest[:, before] <= log_y) | (lowest[:, upto] < log_y)
+    between = np.flatnonzero((before > 0) & (upto < len(x)))  # strictly inside, or at one of its computes
+    foreign = between[~np.isin(between, own)]
+    if len(foreign):
+        right = upto[foreign]
+        share = (log_x[foreign] - x[right - 1]) / (x[right] - x[right - 1])
+        line = y[:, right - 1] * (1 - share) + y[:, right] * share
+        beaten[:, foreign] |= line < log_y[:, foreign] - 1e-12
     return beaten
 
 

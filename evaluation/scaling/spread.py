@@ -1,0 +1,119 @@
+"""How much values scatter: between runs that are alike but for their seed, and along one run. All in log value.
+
+From seeds: runs of one size, evaluated at the same computes, are a one-way layout; its mean squares are the estimates.
+Without repeated seeds the spread between runs shows only in how far runs lie from a law they all should follow, and that
+needs more runs than the law has parameters. A law through few single-seed curves says nothing of it: then it must be
+given, or the intervals are not calibrated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from evaluation.scaling.points import Array, Columns, Point, columns
+from evaluation.scaling.seeds import mean_names
+
+SpreadSource = Literal["given", "seeds", "residuals", "unknown"]
+MIN_DOF = 3  # with fewer degrees of freedom a standard deviation is hardly known at all
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Standard deviations of log value with their degrees of freedom (infinite: taken as known)."""
+
+    between: float  # of a run's level: its mean over its points, what it has of the scatter along the run included
+    between_dof: float
+    within: float  # of single points about their run's level
+    within_dof: float
+    source: SpreadSource  # of the spread between runs
+
+
+def spread_of_curves(points: Sequence[Point], given: float | None = None) -> Spread:
+    """The spread of runs about smooth curves of their own, from repeated seeds, or given.
+
+    Args:
+        points: of the runs themselves (not averaged over seeds), positive and finite.
+        given: standard deviation of log value between runs that differ in seed alone, known from elsewhere.
+    """
+    within, within_dof, per_run = _along_curves(columns(points))
+    if given is not None:
+        return Spread(float(np.hypot(given, within / np.sqrt(per_run))), np.inf, within, within_dof, "given")
+    levels, dof = _seed_levels(points)
+    if dof >= 1:
+        return Spread(float(np.sqrt(levels / dof)), dof, within, within_dof, "seeds")
+    return Spread(within, 0, within, within_dof, "unknown")
+
+
+def spread_about_law(c: Columns, log_residual: Array, num_parameters: int, given: float | None = None) -> Spread:
+    """The spread of the runs in `c` about a law that all their points should follow.
+
+    Args:
+        log_residual: log value minus log law [n].
+        num_parameters: of the law: degrees of freedom that it took.
+    """
+    counts = np.bincount(c.run)
+    level = np.bincount(c.run, weights=log_residual) / counts
+    rest = log_residual - level[c.run]
+    between_dof, within_dof = len(counts) - num_parameters, len(log_residual) - len(counts)
+    within = float(np.sqrt(rest @ rest / within_dof)) if within_dof > 0 else 0.0
+    if given is not None:
+        own = within / np.sqrt(np.exp(np.log(counts).mean()))
+        return Spread(float(np.hypot(given, own)), np.inf, within, max(within_dof, 1), "given")
+    if between_dof >= 1:
+        return Spread(float(np.sqrt(level @ level / between_dof)), between_dof, within, max(within_dof, 1), "residuals")
+    everything = float(np.sqrt(log_residual @ log_residual / max(1, len(log_residual) - num_parameters)))
+    return Spread(everything, 0, within, max(within_dof, 1), "unknown")
+
+
+def smoothed(c: Columns) -> tuple[Array, NDArray[np.int64]]:
+    """Log values [n] smoothed along each run, and how many degrees of freedom that took, by run [runs].
+
+    A polynomial in log compute: cubic where a run has six points or more, and none (the points as they are) below five.
+    """
+    smooth, taken = np.log(c.value), np.bincount(c.run, minlength=len(c.runs))
+    for run, size in enumerate(taken):
+        own = np.flatnonzero(c.run == run)
+        degree = 3 if size >= 6 else 2
+        x = np.log(c.compute[own])
+        if size < 5 or len(np.unique(x)) <= degree:
+            continue
+        powers = np.vander((x - x.mean()) / x.std(), degree + 1)
+        q, _ = np.linalg.qr(powers)
+        smooth[own] = q @ (q.T @ smooth[own])
+        taken[run] = degree + 1
+    return smooth, taken
+
+
+def _along_curves(c: Columns) -> tuple[float, float, float]:
+    """Standard deviation of points about their own smooth curve, its degrees of freedom, and points a run."""
+    smooth, taken = smoothed(c)
+    residual = np.log(c.value) - smooth
+    counts = np.bincount(c.run)
+    dof = float(len(residual) - taken.sum())
+    per_run = float(counts.mean())
+    if dof >= 1:
+        return float(np.sqrt(residual @ residual / dof)), dof, per_run
+    if c.stderr is not None:  # runs of few points: what their evaluations say of themselves
+        return float(np.sqrt(np.mean((c.stderr / c.value) ** 2))), np.inf, per_run
+    return 0.0, 1.0, per_run
+
+
+def _seed_levels(points: Sequence[Point]) -> tuple[float, int]:
+    """Sum of squares of run levels about the mean of their seeds, and its degrees of freedom."""
+    names = mean_names(points)
+    by_place: dict[tuple[str, float], list[Point]] = {}
+    for point in points:
+        by_place.setdefault((names[point.run], point.compute), []).append(point)
+    deviations: dict[str, list[float]] = {}  # by run, where others of its curve were evaluated too
+    for group in by_place.values():
+        if len(group) > 1:
+            mean = np.mean([np.log(p.value) for p in group])
+            for p in group:
+                deviations.setdefault(p.run, []).append(float(np.log(p.value) - mean))
+    squares = sum(float(np.mean(d)) ** 2 for d in deviations.values())
+    return squares, len(deviations) - len({names[run] for run in deviations})
