@@ -8,7 +8,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 
-from evaluation.report.figures import INK, MUTED
+from evaluation.report.palette import INK, MUTED
 
 CELL = 0.95  # inches a picture
 GAP = 0.35  # of a picture, between a sample and its neighbours

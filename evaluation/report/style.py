@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 _METRICS = {
-    "nll": "NLL (bits/dim)", "fid": "FID", "sfid": "sFID", "is": "inception score", "kid": "KID",
+    "nll": "NLL (bits/dim)", "nll_gap": "NLL, held-out less training images (bits/dim)",
+    "fid": "FID", "sfid": "sFID", "is": "inception score", "kid": "KID",
     "precision": "precision", "recall": "recall", "memorisation": "distance to training images, of held-out's",
 }  # fmt: skip
 _KINDS = {
@@ -11,6 +12,7 @@ _KINDS = {
     "recall": "recall",
 }  # fmt: skip
 _NETS = {"efflite0": "EfficientNet-Lite0", "inception": "Inception-v3"}
+_FORMS = {"power": "power law", "power_constant": "power + constant", "broken": "broken power law"}
 _SPLITS = {"test": "held-out images", "train": "training images"}
 
 
@@ -30,6 +32,16 @@ def is_fitted(metric: str) -> bool:
 def split_label(split: str) -> str:
     """A split in words."""
     return _SPLITS.get(split, split)
+
+
+def law_title(metric: str, split: str) -> str:
+    """What is measured, and on which images."""
+    return f"{metric_label(metric)}, {split_label(split)}" if split else metric_label(metric)
+
+
+def form_label(form: str) -> str:
+    """The name of a form of the law."""
+    return _FORMS.get(form, form.replace("_", " "))
 
 
 def size_label(num_params: int) -> str:

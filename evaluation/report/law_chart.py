@@ -1,0 +1,281 @@
+"""The law's chart: every run's curve, the compute frontier, the fitted laws and beyond, and the residuals."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Iterator, Sequence
+
+import numpy as np
+
+from evaluation.report.chart import Axis, Band, Chart, Dash, Panel, Series, Shown, joined
+from evaluation.report.law_numbers import legend_text
+from evaluation.report.palette import INK, PAPER, SizeGroup, form_colour, size_groups
+from evaluation.report.style import law_title, metric_label, size_label, split_label
+from evaluation.scaling.law import Law, LawFit
+from evaluation.scaling.paper import PublishedLaw, published
+from evaluation.scaling.points import Array, Point
+from evaluation.scaling.uncertainty import Prediction
+
+X_LABEL = "training compute (FLOPs)"
+BEYOND = 3.0  # without predictions the laws are drawn this factor beyond the largest compute
+FRONTIER, HELD_OUT = "frontier: no run is better at this compute", "frontier, upper third: held out to test the fits"
+
+
+def law_chart(law: Law, *, title: str | None = None, paper: bool = False) -> Chart:
+    """Value against training compute on log-log axes, and under it the residuals of the best fit.
+
+    Curves are coloured by model size, all seeds of it in one series; bars are one standard error. Points left out of
+    every fit because they are too early are faint. Laws whose parameters are not determined are named in the legend
+    and not drawn.
+
+    Args:
+        title: default: the metric's name.
+        paper: lay the published law over it and let the axes reach to its points. Otherwise it is drawn where the
+            points reach its range of compute, and offered on the screen elsewhere.
+    """
+    points = [p for p in (*law.frontier.candidates, *(e.point for e in law.frontier.exclusions)) if drawable(p)]
+    title = law_title(law.metric, law.split) if title is None else title
+    groups = size_groups([p.num_params for p in points])
+    others = [(other, paper or _reaches(points, other)) for other in published(law.metric)]
+    x, y = _axes(law, points, [other for other, shown in others if shown])
+    series = (*_curves(law, groups), *_published(others, x), *_laws(law), *_frontier(law), *_predictions(law))
+    message = "" if law.has_fit else f"no law fitted: {law.of('power').fit.message}" if points else "no points to draw"
+    below = _residual_panel(law, groups, x)
+    if below is None:
+        return Chart(title, ((Panel(x, y, series, tuple(_bands(law)), message=message),),), size=(8.6, 5.2))
+    top = Panel(dataclasses.replace(x, label=""), y, series, tuple(_bands(law)), message=message)
+    return Chart(title, ((top,), (below,)), heights=(3.4, 1.0), size=(8.6, 6.4))
+
+
+def drawable(point: Point) -> bool:
+    """Whether a log-log plane has a place for it."""
+    return all(math.isfinite(v) and v > 0 for v in (point.value, point.compute))
+
+
+def run_series(law: Law, groups: Sequence[SizeGroup], abscissa: str) -> Iterator[Series]:
+    """The curves of all runs, a series a size group; `abscissa` names the point's field on the x axis."""
+    words = _Words(law)
+    runs = by_run(law.frontier.candidates)
+    for group in groups:
+        chosen = [run for run in runs if run[0].num_params in group.sizes]
+        flat = [p for run in chosen for p in (*run, None)]
+        x, y = joined([[(float(getattr(p, abscissa)), p.value) for p in run] for run in chosen])
+        error = [p.stderr or 0.0 if p else 0.0 for p in flat]
+        yield Series(
+            x, y, group.colour, group.label, "sizes", group.label, marker="dot",
+            width=1.2 if any(len(run) > 1 for run in chosen) else 0.0,
+            error=(error, error) if any(error) else None,
+            hover=[() if p is None else words.of(p) for p in flat],
+        )  # fmt: skip
+
+
+def early_series(law: Law, groups: Sequence[SizeGroup], abscissa: str) -> Iterator[Series]:
+    """Points that come too early to be fitted, and the way from them to their run's first that is; faint."""
+    words = _Words(law)
+    first = {run[0].run: run[0] for run in by_run(law.frontier.candidates)}
+    admitted = set(law.frontier.candidates)
+    early = by_run(e.point for e in law.frontier.exclusions if e.point not in admitted and drawable(e.point))
+    for group in groups:
+        chosen = [run for run in early if run[0].num_params in group.sizes]
+        paths = [[*run, *([first[run[0].run]] if run[0].run in first else [])] for run in chosen]
+        if paths:
+            x, y = joined([[(float(getattr(p, abscissa)), p.value) for p in path] for path in paths])
+            hover = [line for path in paths for line in (*(words.of(p) for p in path), ())]
+            yield Series(
+                x, y, group.colour, group=group.label, width=1.0, marker="dot", size=3, opacity=0.3, hover=hover
+            )
+
+
+def by_run(points: Iterable[Point]) -> list[list[Point]]:
+    """The runs' points by compute, small sizes first."""
+    runs: dict[str, list[Point]] = {}
+    for point in sorted(points, key=lambda p: (p.num_params, p.run, p.compute)):
+        runs.setdefault(point.run, []).append(point)
+    return list(runs.values())
+
+
+class _Words:
+    """What the pointer says of a point."""
+
+    def __init__(self, law: Law) -> None:
+        self._metric = metric_label(law.metric)
+        self._reasons = {e.point: e.reason for e in law.frontier.exclusions}
+
+    def of(self, point: Point) -> tuple[str, ...]:
+        stderr = "" if point.stderr is None else f" ± {point.stderr:.3g}"
+        images = [f"{point.images:,} images"] if point.images else []
+        reason = self._reasons.get(point)
+        return (
+            f"{point.run}, seed {point.seed}",
+            ", ".join([size_label(point.num_params), *images, f"{point.compute:.4g} FLOPs"]),
+            f"{self._metric}: {point.value:.5g}{stderr}",
+            f"not on the frontier: {reason}" if reason else "on the frontier",
+        )
+
+
+def _curves(law: Law, groups: Sequence[SizeGroup]) -> Iterator[Series]:
+    yield from early_series(law, groups, "compute")
+    yield from run_series(law, groups, "compute")
+
+
+def _frontier(law: Law) -> Iterator[Series]:
+    points = law.frontier.points
+    if points:
+        x, y = [p.compute for p in points], [p.value for p in points]
+        yield Series(x, y, INK, FRONTIER, marker="ring", size=9)
+    held_out = next((f.hold_out.points for f in law.fits if f.hold_out.points), ())
+    if held_out:
+        x, y = [h.point.compute for h in held_out], [h.point.value for h in held_out]
+        yield Series(x, y, INK, HELD_OUT, marker="square", size=13)
+
+
+def _laws(law: Law) -> Iterator[Series]:
+    """Solid over the frontier, dashed beyond."""
+    for law_fit in law.fits:
+        curve = law_fit.fit.curve
+        if curve is None:
+            continue
+        low, high, width = law.frontier.points[0].compute, law.frontier.points[-1].compute, _width(law, law_fit)
+        text, form = legend_text(law_fit), law_fit.fit.form
+        shown: Shown = "yes" if law_fit.fit.status == "ok" else "named"
+        parts: tuple[tuple[Array, str, float, Dash], ...] = (
+            (np.geomspace(low, high, 100), text, width, "solid"),
+            (np.geomspace(high, _far(law), 60), "", 0.8 * width, "dash"),
+        )
+        for grid, label, line, dash in parts:
+            values = curve(grid)
+            hover = [(text, f"{y:.4g} at {x:.3g} FLOPs") for x, y in zip(grid, values, strict=True)]
+            yield Series(
+                grid.tolist(), values.tolist(), form_colour(form), label, group=form, width=line, dash=dash,
+                hover=hover, shown=shown,
+            )  # fmt: skip
+
+
+def _width(law: Law, law_fit: LawFit) -> float:
+    return 1.9 if law_fit is law.best else 1.1
+
+
+def _bands(law: Law) -> Iterator[Band]:
+    """The best law's band."""
+    best = law.best
+    if best is not None and best.uncertainty is not None and best.uncertainty.band_compute:
+        found = best.uncertainty
+        yield Band(found.band_compute, found.band_low, found.band_high, form_colour(best.fit.form), best.fit.form)
+
+
+def _predictions(law: Law) -> Iterator[Series]:
+    """What the best law says of more compute, with intervals."""
+    best = law.best
+    found = best.uncertainty.predictions if best is not None and best.uncertainty is not None else ()
+    if best is None or not found:
+        return
+    status = best.uncertainty.status if best.uncertainty is not None else "failed"
+    doubt = "" if status == "ok" else f", {status}"
+    error = ([p.value - _end(p.low, p) for p in found], [_end(p.high, p) - p.value for p in found])
+    factors = " and ".join(f"{p.factor:g}×" for p in found)
+    yield Series(
+        [p.compute for p in found], [p.value for p in found], form_colour(best.fit.form),
+        f"predicted at {factors} the compute (bars: interval{doubt})", group=best.fit.form, marker="diamond", size=6,
+        error=error, hover=[_prediction_hover(p, doubt) for p in found],
+    )  # fmt: skip
+
+
+def _end(end: float | None, prediction: Prediction) -> float:
+    return prediction.value if end is None else end
+
+
+def _prediction_hover(prediction: Prediction, doubt: str) -> tuple[str, ...]:
+    interval = "no interval"
+    if prediction.low is not None and prediction.high is not None:
+        interval = f"interval {prediction.low:.4g} to {prediction.high:.4g}{doubt}"
+    where = f"{prediction.factor:g}× the largest compute: {prediction.compute:.3g} FLOPs"
+    return (where, f"predicted {prediction.value:.4g}", interval)
+
+
+def _reaches(points: Sequence[Point], other: PublishedLaw) -> bool:
+    """Whether the points' computes overlap those that the published law was seen at."""
+    low, high = other.range_compute
+    computes = [p.compute for p in points]
+    return bool(computes) and min(computes) <= high and max(computes) >= low
+
+
+def _published(others: Sequence[tuple[PublishedLaw, bool]], x: Axis) -> Iterator[Series]:
+    """Laws of others: solid between the computes of their published points, dotted elsewhere."""
+    for other, is_shown in others:
+        shown: Shown = "yes" if is_shown else "offered"
+        low, high = (min(max(end, x.low), x.high) for end in other.range_compute)
+        yield _line(np.geomspace(x.low, x.high, 120), other, "dot", other.label, shown)
+        if low < high:
+            yield _line(np.geomspace(low, high, 40), other, "solid", "", shown)
+        yield Series(
+            [p.compute for p in other.points], [p.value for p in other.points], PAPER, group=other.label,
+            marker="cross", size=6, shown=shown,
+            hover=[(other.label, p.name, f"{p.value:g} at {p.compute:.3g} FLOPs") for p in other.points],
+        )  # fmt: skip
+
+
+def _line(grid: Array, other: PublishedLaw, dash: Dash, label: str, shown: Shown) -> Series:
+    values = other.curve(grid)
+    hover = [(other.label, f"{y:.4g} at {x:.3g} FLOPs") for x, y in zip(grid, values, strict=True)]
+    return Series(
+        grid.tolist(), values.tolist(), PAPER, label, group=other.label, width=1.3, dash=dash, hover=hover, shown=shown
+    )
+
+
+def _residual_panel(law: Law, groups: Sequence[SizeGroup], x: Axis) -> Panel | None:
+    """(value - fit) / fit of the frontier points, under the best fit."""
+    best = law.best
+    if best is None or best.fit.curve is None or not law.frontier.points:
+        return None
+    points = law.frontier.points
+    fitted = best.fit.curve([p.compute for p in points])
+    rows = [(p, p.value / f - 1, (p.stderr or 0.0) / f) for p, f in zip(points, fitted.tolist(), strict=True)]
+    series = [Series([x.low, x.high], [0.0, 0.0], form_colour(best.fit.form), width=1.2)]
+    for group in groups:
+        chosen = [row for row in rows if row[0].num_params in group.sizes]
+        if not chosen:
+            continue
+        error = [e for _, _, e in chosen]
+        series.append(
+            Series(
+                [p.compute for p, _, _ in chosen], [r for _, r, _ in chosen], group.colour, group=group.label,
+                legend="sizes", marker="dot", error=(error, error) if any(error) else None,
+                hover=[(p.run, f"{r:+.2%} from the fit", f"its own standard error: {e:.2%}") for p, r, e in chosen],
+            )
+        )  # fmt: skip
+    reach = 1.15 * max(abs(r) + e for _, r, e in rows) or 0.01
+    return Panel(x, Axis("residual", -reach, reach, log=False, ticks="percent"), tuple(series))
+
+
+def _axes(law: Law, points: Sequence[Point], others: Sequence[PublishedLaw]) -> tuple[Axis, Axis]:
+    """Axes around points, predictions, and the published points that are to be shown."""
+    label = f"{metric_label(law.metric)}, {split_label(law.split)}" if law.split else metric_label(law.metric)
+    if not points:
+        return Axis(X_LABEL, 1e10, 1e12, ticks="power"), Axis(label, 1, 10)
+    computes = [p.compute for p in points]
+    values = [p.value for p in points] + [p.value + (p.stderr or 0.0) for p in points]
+    if law.has_fit:
+        computes.append(_far(law))
+    for law_fit in law.fits:
+        if law_fit.fit.status == "ok" and law_fit.fit.curve is not None:
+            values.append(float(law_fit.fit.curve(_far(law))))
+    values += [v for p in _best_predictions(law) for v in (p.low, p.high) if v is not None]
+    for other in others:
+        computes += [p.compute for p in other.points]
+        values += [p.value for p in other.points]
+    floor = min(p.value for p in points) / 20  # an interval that reaches to nothing must not flatten the rest
+    low, high = max(min(values), floor), max(values)
+    room = (high / low) ** 0.06 if high > low else 1.1
+    x = Axis(X_LABEL, min(computes) / 1.3, max(computes) * 1.3, ticks="power")
+    return x, Axis(label, low / room, high * room)
+
+
+def _far(law: Law) -> float:
+    """Where the laws end."""
+    return max([law.frontier.points[-1].compute * BEYOND, *(p.compute for p in _best_predictions(law))])
+
+
+def _best_predictions(law: Law) -> tuple[Prediction, ...]:
+    best: LawFit | None = law.best
+    return best.uncertainty.predictions if best is not None and best.uncertainty is not None else ()
