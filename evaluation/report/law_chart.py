@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from evaluation.report.chart import Axis, Band, Chart, Dash, Panel, Series, Shown, joined
+from evaluation.report.chart import Axis, Band, Chart, Dash, Panel, Series, Shown
 from evaluation.report.law_numbers import legend_text
 from evaluation.report.palette import INK, PAPER, SizeGroup, form_colour, size_groups
-from evaluation.report.style import law_title, metric_label, size_label, split_label
+from evaluation.report.run_series import drawn_points, run_series
+from evaluation.report.style import law_title
 from evaluation.scaling.law import Law, LawFit
 from evaluation.scaling.paper import PublishedLaw, published
 from evaluation.scaling.points import Array, Point
@@ -25,98 +25,33 @@ FRONTIER, HELD_OUT = "frontier: no run is better at this compute", "frontier, up
 def law_chart(law: Law, *, title: str | None = None, paper: bool = False) -> Chart:
     """Value against training compute on log-log axes, and under it the residuals of the best fit.
 
-    Curves are coloured by model size, all seeds of it in one series; bars are one standard error. Points left out of
-    every fit because they are too early are faint. Laws whose parameters are not determined are named in the legend
-    and not drawn.
+    Curves are coloured by model size; where seeds repeat, each run is thin and their mean, which is fitted, strong.
+    Bars are one standard error. Points that are not fitted because they come too early are faint. Laws whose
+    parameters are not determined are named in the legend and not drawn.
 
     Args:
         title: default: the metric's name.
         paper: lay the published law over it and let the axes reach to its points. Otherwise it is drawn where the
             points reach its range of compute, and offered on the screen elsewhere.
     """
-    points = [p for p in (*law.frontier.candidates, *(e.point for e in law.frontier.exclusions)) if drawable(p)]
+    points = drawn_points(law)
     title = law_title(law.metric, law.split) if title is None else title
     groups = size_groups([p.num_params for p in points])
     others = [(other, paper or _reaches(points, other)) for other in published(law.metric)]
     x, y = _axes(law, points, [other for other, shown in others if shown])
-    series = (*_curves(law, groups), *_published(others, x), *_laws(law), *_frontier(law), *_predictions(law))
+    series = (
+        *run_series(law, groups, "compute"),
+        *_published(others, x),
+        *_laws(law),
+        *_frontier(law),
+        *_predictions(law),
+    )
     message = "" if law.has_fit else f"no law fitted: {law.of('power').fit.message}" if points else "no points to draw"
     below = _residual_panel(law, groups, x)
     if below is None:
         return Chart(title, ((Panel(x, y, series, tuple(_bands(law)), message=message),),), size=(8.6, 5.2))
     top = Panel(dataclasses.replace(x, label=""), y, series, tuple(_bands(law)), message=message)
     return Chart(title, ((top,), (below,)), heights=(3.4, 1.0), size=(8.6, 6.4))
-
-
-def drawable(point: Point) -> bool:
-    """Whether a log-log plane has a place for it."""
-    return all(math.isfinite(v) and v > 0 for v in (point.value, point.compute))
-
-
-def run_series(law: Law, groups: Sequence[SizeGroup], abscissa: str) -> Iterator[Series]:
-    """The curves of all runs, a series a size group; `abscissa` names the point's field on the x axis."""
-    words = _Words(law)
-    runs = by_run(law.frontier.candidates)
-    for group in groups:
-        chosen = [run for run in runs if run[0].num_params in group.sizes]
-        flat = [p for run in chosen for p in (*run, None)]
-        x, y = joined([[(float(getattr(p, abscissa)), p.value) for p in run] for run in chosen])
-        error = [p.stderr or 0.0 if p else 0.0 for p in flat]
-        yield Series(
-            x, y, group.colour, group.label, "sizes", group.label, marker="dot",
-            width=1.2 if any(len(run) > 1 for run in chosen) else 0.0,
-            error=(error, error) if any(error) else None,
-            hover=[() if p is None else words.of(p) for p in flat],
-        )  # fmt: skip
-
-
-def early_series(law: Law, groups: Sequence[SizeGroup], abscissa: str) -> Iterator[Series]:
-    """Points that come too early to be fitted, and the way from them to their run's first that is; faint."""
-    words = _Words(law)
-    first = {run[0].run: run[0] for run in by_run(law.frontier.candidates)}
-    admitted = set(law.frontier.candidates)
-    early = by_run(e.point for e in law.frontier.exclusions if e.point not in admitted and drawable(e.point))
-    for group in groups:
-        chosen = [run for run in early if run[0].num_params in group.sizes]
-        paths = [[*run, *([first[run[0].run]] if run[0].run in first else [])] for run in chosen]
-        if paths:
-            x, y = joined([[(float(getattr(p, abscissa)), p.value) for p in path] for path in paths])
-            hover = [line for path in paths for line in (*(words.of(p) for p in path), ())]
-            yield Series(
-                x, y, group.colour, group=group.label, width=1.0, marker="dot", size=3, opacity=0.3, hover=hover
-            )
-
-
-def by_run(points: Iterable[Point]) -> list[list[Point]]:
-    """The runs' points by compute, small sizes first."""
-    runs: dict[str, list[Point]] = {}
-    for point in sorted(points, key=lambda p: (p.num_params, p.run, p.compute)):
-        runs.setdefault(point.run, []).append(point)
-    return list(runs.values())
-
-
-class _Words:
-    """What the pointer says of a point."""
-
-    def __init__(self, law: Law) -> None:
-        self._metric = metric_label(law.metric)
-        self._reasons = {e.point: e.reason for e in law.frontier.exclusions}
-
-    def of(self, point: Point) -> tuple[str, ...]:
-        stderr = "" if point.stderr is None else f" ± {point.stderr:.3g}"
-        images = [f"{point.images:,} images"] if point.images else []
-        reason = self._reasons.get(point)
-        return (
-            f"{point.run}, seed {point.seed}",
-            ", ".join([size_label(point.num_params), *images, f"{point.compute:.4g} FLOPs"]),
-            f"{self._metric}: {point.value:.5g}{stderr}",
-            f"not on the frontier: {reason}" if reason else "on the frontier",
-        )
-
-
-def _curves(law: Law, groups: Sequence[SizeGroup]) -> Iterator[Series]:
-    yield from early_series(law, groups, "compute")
-    yield from run_series(law, groups, "compute")
 
 
 def _frontier(law: Law) -> Iterator[Series]:
@@ -250,7 +185,7 @@ def _residual_panel(law: Law, groups: Sequence[SizeGroup], x: Axis) -> Panel | N
 
 def _axes(law: Law, points: Sequence[Point], others: Sequence[PublishedLaw]) -> tuple[Axis, Axis]:
     """Axes around points, predictions, and the published points that are to be shown."""
-    label = f"{metric_label(law.metric)}, {split_label(law.split)}" if law.split else metric_label(law.metric)
+    label = law_title(law.metric, law.split)
     if not points:
         return Axis(X_LABEL, 1e10, 1e12, ticks="power"), Axis(label, 1, 10)
     computes = [p.compute for p in points]
