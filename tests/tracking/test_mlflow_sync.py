@@ -16,7 +16,8 @@ import yaml
 
 from data_pipeline.errors import UserError
 from trainer.tracking.follow import follow
-from trainer.tracking.mlflow_sync import Tracker, connect, saved_views, sync_folder, sync_law, sync_run, write_views
+from trainer.tracking.mlflow_store import Tracker, connect
+from trainer.tracking.mlflow_sync import saved_views, sync_folder, sync_law, sync_run, write_views
 from trainer.tracking.points import LawRun, eval_points, flatten, load_law_runs, save_law_runs, train_points
 from trainer.tracking.records import EvalRecord, RecordWriter, TrainRecord
 from trainer.tracking.uri import redact

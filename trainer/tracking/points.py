@@ -22,12 +22,13 @@ from typing import Any, NamedTuple
 
 from data_pipeline.files import write_json
 from trainer.tracking.records import EvalRecord, TrainRecord
+from trainer.tracking.uri import is_secret
 
 TRAIN_COMPUTE = "train/compute"
 COMPUTE = "compute"
+STDERR = "_stderr"
 BY_COMPUTE = " by GFLOP"
 LAW_FILE = "law_runs.json"
-_SECRET_WORDS = ("password", "secret", "token", "credential", "api_key")
 
 
 class Point(NamedTuple):
@@ -78,23 +79,39 @@ def train_points(record: TrainRecord) -> Iterator[Point]:
 
 
 def eval_points(records: Iterable[EvalRecord]) -> dict[tuple[str, int], list[Point]]:
-    """Points by (metric name, nimg): its value and standard error; of several records the latest counts.
+    """Points by (metric name, nimg): its compute, standard error and, last, its value.
 
     `compute` is a function of the step, so it always carries time 0: whichever evaluation brings it first, it is the
     same point and is stored once.
     """
-    points: dict[tuple[str, int], list[Point]] = {}
+    return {(key, nimg): list(_points_of(key, record)) for (key, nimg), record in _latest(records).items()}
+
+
+def records_by_name(records: Iterable[EvalRecord]) -> dict[str, list[EvalRecord]]:
+    """The records behind the points of each metric name, by images seen."""
+    found: dict[str, list[EvalRecord]] = {}
+    for (key, _), record in sorted(_latest(records).items()):
+        found.setdefault(key, []).append(record)
+    return found
+
+
+def _latest(records: Iterable[EvalRecord]) -> dict[tuple[str, int], EvalRecord]:
+    """Records by (metric name, nimg); of several the latest counts."""
+    latest: dict[tuple[str, int], EvalRecord] = {}
     usual: dict[tuple[str, str], dict[str, Any]] = {}
     for record in sorted(records, key=lambda r: r.time):
         first = usual.setdefault((record.metric, record.split), _way(record))
-        key, time_ms = _eval_key(record, first), _milliseconds(record.time)
-        group = [Point(COMPUTE, record.compute, 0, record.nimg)]
-        if record.stderr is not None:
-            group.append(Point(f"{key}_stderr", _drawable(record.stderr), time_ms, record.nimg))
-        value = _drawable(record.value)
-        group.append(Point(key + BY_COMPUTE, value, time_ms, _gflop(record.compute)))
-        points[key, record.nimg] = [*group, Point(key, value, time_ms, record.nimg)]
-    return points
+        latest[_eval_key(record, first), record.nimg] = record
+    return latest
+
+
+def _points_of(key: str, record: EvalRecord) -> Iterator[Point]:
+    time_ms, value = _milliseconds(record.time), _drawable(record.value)
+    yield Point(COMPUTE, record.compute, 0, record.nimg)
+    if record.stderr is not None:
+        yield Point(f"{key}{STDERR}", _drawable(record.stderr), time_ms, record.nimg)
+    yield Point(key + BY_COMPUTE, value, time_ms, _gflop(record.compute))
+    yield Point(key, value, time_ms, record.nimg)
 
 
 # How studies measure a likelihood; how they measure samples, the first record of a run says.
@@ -142,8 +159,7 @@ def flatten(tree: Any, prefix: str = "") -> dict[str, str]:
         for key, value in tree.items():
             flat |= flatten(value, f"{prefix}.{key}" if prefix else str(key))
         return flat
-    last = prefix.rpartition(".")[2].lower()
-    if last == "uri" or any(word in last for word in _SECRET_WORDS):
+    if is_secret(prefix.rpartition(".")[2]):
         return {}
     return {prefix: tree if isinstance(tree, str) else json.dumps(tree)}
 

@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from data_pipeline.errors import DataError
 
@@ -53,6 +53,11 @@ class EvalRecord:
     flop_convention: str = FLOP_CONVENTION
     details: dict[str, Any] = field(default_factory=dict)  # what came out beside the value: parts, floor, ...
     time: float = field(default_factory=time.time)
+
+    @property
+    def way(self) -> dict[str, Any]:
+        """What exactly was measured. Distances depend on N, so N is part of it."""
+        return self.measured if self.metric == "nll" else self.measured | {"n": self.n}
 
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
@@ -98,32 +103,107 @@ def segments(run_folder: Path) -> list[tuple[int, Path]]:
     return sorted(found)
 
 
+@dataclass(frozen=True)
+class Place:
+    """How far a run's training records have been read: a segment, an offset in it, and the bytes before the offset.
+
+    The bytes (each line holds a time, so they are never those of another line) prove that the file is still the one
+    that was read: a resume may have begun it anew.
+    """
+
+    segment: int = -1
+    offset: int = 0
+    before: str = ""
+
+
+_CHECKED_BYTES = 200
+
+
 def read_train_records(run_folder: Path) -> Iterator[TrainRecord]:
     """All valid training records in order of nimg; a half-written last line is left out."""
-    parts = segments(run_folder)
-    for (start, path), following in zip(parts, [*parts[1:], None], strict=False):
-        end = following[0] if following else None
+    yield from read_new_train_records(run_folder, Place())[0]
+
+
+def first_train_record(run_folder: Path) -> TrainRecord | None:
+    """The run's first training record."""
+    for _, path in segments(run_folder)[:1]:
         with open(path, encoding="utf-8") as file:
+            line = file.readline()
+        return TrainRecord(**json.loads(line)) if line.endswith("\n") else None
+    return None
+
+
+def read_new_train_records(run_folder: Path, place: Place) -> tuple[list[TrainRecord], Place]:
+    """The valid training records beyond a place, and the place behind them. Only new bytes are read.
+
+    Where an earlier life's segment goes on beyond a resume, or was begun anew, records may come again that were read
+    before: nimg tells.
+    """
+    parts = segments(run_folder)
+    if place.segment not in [start for start, _ in parts]:
+        place = Place()
+    records: list[TrainRecord] = []
+    for (start, path), following in zip(parts, [*parts[1:], None], strict=False):
+        if start < place.segment:
+            continue
+        with open(path, "rb") as file:
+            offset = _valid_offset(file, place) if start == place.segment else 0
+            file.seek(offset)
             for line in file:
-                if not line.endswith("\n"):
+                if not line.endswith(b"\n"):
                     break  # still being written
+                offset += len(line)
                 record = TrainRecord(**json.loads(line))
-                # A record describes the interval that ends at nimg: one at exactly `end` was kept by the resume.
-                if end is not None and record.nimg > end:
+                # A record describes the interval that ends at nimg: the resume kept one at exactly the next start.
+                if following is not None and record.nimg > following[0]:
                     break
                 if record.nimg >= start:
-                    yield record
+                    records.append(record)
+            place = Place(start, offset, _bytes_before(file, offset))
+    return records, place
+
+
+def _valid_offset(file: BinaryIO, place: Place) -> int:
+    """The place's offset, or 0 where the file is not the one that was read."""
+    return place.offset if _bytes_before(file, place.offset) == place.before else 0
+
+
+def _bytes_before(file: BinaryIO, offset: int) -> str:
+    file.seek(max(0, offset - _CHECKED_BYTES))
+    return file.read(min(offset, _CHECKED_BYTES)).decode("utf-8", "replace")
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A file of evaluation records."""
+
+    path: Path
+    name: str  # for people
+    data: str  # where the images lie
+    records: list[EvalRecord]
+
+
+def read_evaluations(run_folder: Path) -> list[Evaluation]:
+    """All evaluations of a run, by images seen. Raises DataError for a file that is damaged."""
+    return [read_evaluation(path) for path in sorted(run_folder.glob("evals/*/*.json"))]
 
 
 def read_eval_records(run_folder: Path) -> list[EvalRecord]:
     """All evaluation records of a run, by nimg, split and metric. Raises DataError for a file that is damaged."""
-    records = [r for path in sorted(run_folder.glob("evals/*/*.json")) for r in read_result(path)]
+    records = [record for evaluation in read_evaluations(run_folder) for record in evaluation.records]
     return sorted(records, key=lambda r: (r.nimg, r.metric, r.split))
 
 
 def read_result(path: Path) -> list[EvalRecord]:
     """The records of one evaluation. Raises DataError when the file is damaged."""
+    return read_evaluation(path).records
+
+
+def read_evaluation(path: Path) -> Evaluation:
+    """One evaluation. Raises DataError when the file is damaged."""
     try:
-        return [EvalRecord.from_json(value) for value in json.loads(path.read_text())["records"]]
+        value = json.loads(path.read_text())
+        records = [EvalRecord.from_json(record) for record in value["records"]]
+        return Evaluation(path, value.get("name", path.stem), (value.get("spec") or {}).get("data", ""), records)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{path} is no file of evaluation records ({error}): delete it and measure again.") from None

@@ -1,4 +1,4 @@
-"""Tracking addresses: where the default is, and how one is shown without its credentials."""
+"""Addresses: where the default tracker is, and how one is shown without its credentials."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 DEFAULT_URI = "sqlite:///runs/mlflow.db"
 _CREDENTIALS = re.compile(r"(?<=://)[^/@\s]*@")
+_SECRET_WORDS = ("password", "secret", "token", "credential", "api_key")
 _SECRETS = ("MLFLOW_TRACKING_PASSWORD", "MLFLOW_TRACKING_TOKEN")
 
 
@@ -23,6 +24,18 @@ def redact(text: str, uri: str = "") -> str:
         if len(secret) > 3:
             text = text.replace(secret, "***")
     return _CREDENTIALS.sub("***@", text)
+
+
+def is_secret(key: str) -> bool:
+    """Whether a setting of this name may hold a credential; the address of a tracker may."""
+    return key.lower() == "uri" or any(word in key.lower() for word in _SECRET_WORDS)
+
+
+def public_place(place: str) -> str:
+    """An address of data without user name, password, and query (where signatures stand); other texts as they are."""
+    if "://" not in place:
+        return place
+    return _CREDENTIALS.sub("", place).partition("?")[0]
 
 
 def sqlite_file(uri: str) -> Path | None:
