@@ -64,9 +64,9 @@ def draw(chart: Chart) -> Figure:
         return figure
 
 
-def draw_law(law: Law, *, title: str | None = None) -> Figure:
+def draw_law(law: Law, *, title: str | None = None, paper: bool = False) -> Figure:
     """The law's chart on paper."""
-    return draw(law_chart(law, title=title))
+    return draw(law_chart(law, title=title, paper=paper))
 
 
 def save_figure(figure: Figure, path: Path) -> None:

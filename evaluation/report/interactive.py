@@ -12,6 +12,7 @@ from plotly.subplots import make_subplots
 
 from evaluation.report.chart import Axis, Band, Chart, Panel, Series
 from evaluation.report.palette import GRID, INK, MUTED
+from evaluation.report.ticks import power_ticks, scientific
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
 _PIXELS_PER_INCH = 118
@@ -98,16 +99,23 @@ def _axis(axis: Axis) -> dict[str, Any]:
         "title": {"text": html.escape(axis.label), "standoff": 8}, "gridcolor": GRID, "zeroline": False,
         "showline": True, "linecolor": MUTED, "ticks": "outside", "tickcolor": MUTED, "ticklen": 4,
     }  # fmt: skip
-    if axis.ticks == "power":
-        look |= {"exponentformat": "power", "dtick": 1 if high - low > 1.2 else "D2"}
-        look["minor"] = {"ticks": "outside", "dtick": "D1", "ticklen": 2, "tickcolor": GRID}
-    elif axis.ticks == "percent":
+    if axis.ticks == "percent":
         look |= {"tickformat": "+.2~%"}
+    elif axis.ticks == "value":
+        look |= {"tickformat": "~g"}
+    elif high - low > 1.2:
+        look |= {"exponentformat": "power", "dtick": 1}
+        look["minor"] = {"ticks": "outside", "dtick": "D1", "ticklen": 2, "tickcolor": GRID}
+    else:  # less than a decade or so: what lies beyond is for those who zoom out
+        ticks = power_ticks(axis.low, axis.high) or [axis.low]
+        more = [m * 10.0**d for d in range(round(low) - 3, round(high) + 4) for m in (1, 2, 5)]
+        values = sorted({float(f"{v:.3g}") for v in (*ticks, *more)})
+        look |= {"tickmode": "array", "tickvals": values, "ticktext": [scientific(v) for v in values]}
     return look
 
 
 def _lay_out(figure: go.Figure, chart: Chart, num_laws: int) -> None:
-    below = 62 + _LAW_LINE * num_laws
+    below = 52 + _LAW_LINE * num_laws
     top = 60 if any(panel.title for panel in chart.panels) else 40
     height = round(chart.size[1] * _PIXELS_PER_INCH) + below
     figure.update_layout(

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from evaluation.report.chart import Axis, Band, Chart, Dash, Panel, Series, Shown
+from evaluation.report.chart import Axis, Band, Chart, Dash, Panel, Series, Shown, log_axis
 from evaluation.report.law_numbers import legend_text
 from evaluation.report.palette import INK, PAPER, SizeGroup, form_colour, size_groups
 from evaluation.report.run_series import drawn_points, run_series
@@ -46,7 +46,7 @@ def law_chart(law: Law, *, title: str | None = None, paper: bool = False) -> Cha
         *_frontier(law),
         *_predictions(law),
     )
-    message = "" if law.has_fit else f"no law fitted: {law.of('power').fit.message}" if points else "no points to draw"
+    message = "" if law.has_fit else f"no law fitted: {law.fits[0].fit.message}" if points else "no points to draw"
     below = _residual_panel(law, groups, x)
     if below is None:
         return Chart(title, ((Panel(x, y, series, tuple(_bands(law)), message=message),),), size=(8.6, 5.2))
@@ -202,7 +202,7 @@ def _axes(law: Law, points: Sequence[Point], others: Sequence[PublishedLaw]) -> 
     floor = min(p.value for p in points) / 20  # an interval that reaches to nothing must not flatten the rest
     low, high = max(min(values), floor), max(values)
     room = (high / low) ** 0.06 if high > low else 1.1
-    x = Axis(X_LABEL, min(computes) / 1.3, max(computes) * 1.3, ticks="power")
+    x = log_axis(X_LABEL, computes, ticks="power", room=0.04)
     return x, Axis(label, low / room, high * room)
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from evaluation.report.style import form_label
+from evaluation.report.style import form_label, status_label
 from evaluation.scaling.law import LawFit
 from evaluation.scaling.uncertainty import Interval
 
@@ -48,9 +48,9 @@ def legend_text(law_fit: LawFit) -> str:
     fit, found = law_fit.fit, law_fit.uncertainty
     name = form_label(fit.form)
     if fit.curve is None:
-        return f"{name}: {fit.status}"
+        return f"{name}: {status_label(fit.status)}"
     if fit.status != "ok":
-        return f"{name}: {fit.status}, not drawn ({fit.message.rstrip('.')})"
+        return f"{name}: {status_label(fit.status)}, not drawn ({fit.message.rstrip('.')})"
     words = [str(p) for p in parameters(law_fit)]
     words += [] if fit.r2_log is None else [f"R² {fit.r2_log:.3f}"]
     if found is not None and found.status != "ok":

@@ -24,6 +24,13 @@ def drawn_points(law: Law) -> list[Point]:
     return [p for p in dict.fromkeys(every) if drawable(p)]
 
 
+def measured_points(law: Law) -> list[Point]:
+    """All points as they were measured, fitted or not, without the means over seeds."""
+    frontier = law.frontier
+    means = set(frontier.candidates) - set(frontier.admitted)
+    return [p for p in dict.fromkeys((*frontier.admitted, *(e.point for e in frontier.exclusions))) if p not in means]
+
+
 def run_series(law: Law, groups: Sequence[SizeGroup], abscissa: str) -> Iterator[Series]:
     """Every run's curve, and over it the mean of the seeds, where there are several: it is what is fitted.
 
@@ -32,14 +39,14 @@ def run_series(law: Law, groups: Sequence[SizeGroup], abscissa: str) -> Iterator
     """
     frontier, words = law.frontier, Words(law)
     yield from _early(law, groups, abscissa, words)
-    means = [p for p in frontier.candidates if p not in set(frontier.admitted)]
+    means = set(frontier.candidates) - set(frontier.admitted)
     for group in groups:
         runs = [run for run in by_run(frontier.admitted) if run[0].num_params in group.sizes]
         averaged = [run for run in by_run(means) if run[0].num_params in group.sizes]
         if runs and averaged:
-            yield _series(runs, group, abscissa, words, size=2.5, width=0.7, opacity=0.55, errors=False)
+            yield curve_series(runs, group, abscissa, words, size=2.5, width=0.7, opacity=0.55, errors=False)
         if averaged or runs:
-            yield _series(averaged or runs, group, abscissa, words, label=group.label)
+            yield curve_series(averaged or runs, group, abscissa, words, label=group.label)
 
 
 def by_run(points: Iterable[Point]) -> list[list[Point]]:
@@ -56,7 +63,7 @@ class Words:
     def __init__(self, law: Law) -> None:
         self._metric = metric_label(law.metric)
         self._reasons = {e.point: e.reason for e in law.frontier.exclusions}
-        self._on_frontier, self._candidates = set(law.frontier.points), set(law.frontier.candidates)
+        self._on_frontier, self._admitted = set(law.frontier.points), set(law.frontier.admitted)
 
     def of(self, point: Point) -> tuple[str, ...]:
         stderr = "" if point.stderr is None else f" ± {point.stderr:.3g}"
@@ -66,7 +73,7 @@ class Words:
             f"{point.run}{seed}",
             ", ".join([size_label(point.num_params), *images, f"{point.compute:.4g} FLOPs"]),
             f"{self._metric}: {point.value:.5g}{stderr}",
-            self._standing(point),
+            *([standing] if (standing := self._standing(point)) else []),
         )
 
     def _standing(self, point: Point) -> str:
@@ -74,10 +81,10 @@ class Words:
             return "on the frontier"
         if point in self._reasons:
             return f"not on the frontier: {self._reasons[point]}"
-        return "fitted as part of the mean over its size's seeds"
+        return "a part of the mean over its size's seeds" if point in self._admitted else ""
 
 
-def _series(
+def curve_series(
     runs: Sequence[Sequence[Point]],
     group: SizeGroup,
     abscissa: str,
@@ -89,6 +96,7 @@ def _series(
     opacity: float = 1.0,
     errors: bool = True,
 ) -> Series:
+    """The runs of one size group as one series, with a gap between them."""
     flat = [p for run in runs for p in (*run, None)]
     x, y = joined([[(float(getattr(p, abscissa)), p.value) for p in run] for run in runs])
     error = [p.stderr or 0.0 if p else 0.0 for p in flat]
@@ -110,4 +118,4 @@ def _early(law: Law, groups: Sequence[SizeGroup], abscissa: str, words: Words) -
         chosen = [run for run in early if run[0].num_params in group.sizes]
         paths = [[*run, *([first[run[0].run]] if run[0].run in first else [])] for run in chosen]
         if paths:
-            yield _series(paths, group, abscissa, words, size=3, width=1.0, opacity=0.3, errors=False)
+            yield curve_series(paths, group, abscissa, words, size=3, width=1.0, opacity=0.3, errors=False)

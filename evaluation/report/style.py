@@ -29,6 +29,11 @@ def is_fitted(metric: str) -> bool:
     return metric.partition("_")[0] in ("nll", "fd", "fid", "sfd", "sfid")
 
 
+def is_difference(metric: str) -> bool:
+    """Whether it may be negative: then it has no logarithm and no law."""
+    return metric.endswith("_gap")
+
+
 def split_label(split: str) -> str:
     """A split in words."""
     return _SPLITS.get(split, split)
@@ -42,6 +47,11 @@ def law_title(metric: str, split: str) -> str:
 def form_label(form: str) -> str:
     """The name of a form of the law."""
     return _FORMS.get(form, form.replace("_", " "))
+
+
+def status_label(status: str) -> str:
+    """A status in words."""
+    return status.replace("_", " ")
 
 
 def size_label(num_params: int) -> str:

@@ -1,32 +1,32 @@
-"""Tables for the terminal: points, frontier, slopes, fits with intervals, metrics. Plain strings."""
+"""Tables of a law (points, slopes, fits, tests beyond the range), and of what was measured of a run."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from evaluation.report.style import metric_label, size_label, split_label
+from evaluation.report.law_numbers import parameters
+from evaluation.report.style import form_label, law_title, metric_label, size_label, status_label
+from evaluation.report.text_table import INDENT, Table
 from evaluation.scaling.law import Law, LawFit
 from evaluation.scaling.points import Point
 from trainer.tracking.records import EvalRecord
 
-_INDENT = "  "
-
 
 def law_report(law: Law) -> str:
-    """Everything about one metric's law: points, slopes, fits, hold-out, and what it means."""
-    where = f" on {split_label(law.split)}" if law.split else ""
+    """Everything about one metric's law: points, slopes, fits, their tests, and what it means."""
     parts = [
-        f"{metric_label(law.metric)}{where} against training compute ({law.flop_convention})",
+        f"{law_title(law.metric, law.split)}, against training compute ({law.flop_convention})",
         points_table(law),
         slopes_table(law),
         fits_table(law),
-        *([hold_out_table(law)] if any(f.hold_out.points for f in law.fits) else []),
-        "\n".join(f"{_INDENT}- {note}" for note in law.notes),
+        predictions_table(law),
+        hold_out_table(law),
+        "\n".join(f"{INDENT}- {note}" for note in law.notes),
     ]
-    return "\n\n".join(parts)
+    return "\n\n".join(str(part) for part in parts if not isinstance(part, Table) or part.rows)
 
 
-def points_table(law: Law) -> str:
+def points_table(law: Law) -> Table:
     """Every point by size and compute; `*` marks the frontier, the last column says why others are not on it."""
     frontier = set(law.frontier.points)
     reasons = {e.point: e.reason for e in law.frontier.exclusions}
@@ -43,10 +43,10 @@ def points_table(law: Law) -> str:
         ]
         for p in points
     ]
-    return table(["", "run", "parameters", "images", "FLOPs", law.metric, "frontier"], rows, left=(0, 1, 6))
+    return Table(["", "run", "parameters", "images", "FLOPs", law.metric, "frontier"], rows, left=(0, 1, 6))
 
 
-def slopes_table(law: Law) -> str:
+def slopes_table(law: Law) -> Table:
     """The log-log slope of each size's own learning curve."""
     rows = [
         [
@@ -60,28 +60,63 @@ def slopes_table(law: Law) -> str:
         ]
         for s in law.size_slopes
     ]
-    return table(["size", "runs", "points", "FLOPs", "log-log slope", "SE", "reaches the frontier"], rows, left=(0,))
+    return Table(["size", "runs", "points", "FLOPs", "log-log slope", "SE", "reaches the frontier"], rows, left=(0,))
 
 
-def fits_table(law: Law) -> str:
-    """Both forms, fitted to the frontier: parameters with intervals, quality, certificate, status."""
-    rows = [_fit_row(f) for f in law.fits]
-    header = ["form", "points", "exponent b", "95 % (runs)", "constant c", "95 % (profile)", "R² log", "R²", "held-out"]
-    return table([*header, "starts", "cond.", "status"], rows, left=(0, 11))
+def fits_table(law: Law) -> Table:
+    """Every form, fitted to the frontier: parameters with intervals, quality, certificate, status."""
+    header = ["form", "points", "parameters [95 %]", "R² log", "AICc", "held-out", "starts", "cond.", "status"]
+    return Table(header, [_fit_row(f) for f in law.fits], left=(0, 2, 8))
 
 
-def hold_out_table(law: Law) -> str:
+def predictions_table(law: Law) -> Table:
+    """What each form that may be drawn says of more compute."""
+    rows = [
+        [
+            form_label(f.fit.form),
+            f"{p.factor:g}×",
+            f"{p.compute:.3g}",
+            f"{p.value:.4g}",
+            "" if p.low is None or p.high is None else f"{p.low:.4g} .. {p.high:.4g}",
+            status_label(f.status),
+        ]
+        for f in law.fits
+        for p in (f.uncertainty.predictions if f.uncertainty is not None and f.fit.status == "ok" else ())
+    ]
+    return Table(["predicted by", "compute", "FLOPs", law.metric, "interval", "status"], rows, left=(0, 5))
+
+
+def hold_out_table(law: Law) -> Table:
     """Held-out frontier points and what each form, fitted below the cut, says of them."""
-    held = next(f.hold_out.points for f in law.fits if f.hold_out.points)
-    predictions = {f.fit.form: {h.point: h for h in f.hold_out.points} for f in law.fits}
+    held = next((f.hold_out.points for f in law.fits if f.hold_out.points), ())
+    forms = [f for f in law.fits if f.hold_out.points]
     rows = []
     for point in (h.point for h in held):
         row = [point.run, f"{point.compute:.3g}", _value(point)]
-        for form in predictions:
-            h = predictions[form].get(point)
-            row += ["", ""] if h is None else [f"{h.predicted:.4g}", f"{h.relative_error:+.1%}"]
+        for found in ({h.point: h for h in f.hold_out.points}.get(point) for f in forms):
+            row += ["", ""] if found is None else [f"{found.predicted:.4g}", f"{found.relative_error:+.1%}"]
         rows.append(row)
-    return table(["held-out point", "FLOPs", law.metric, "power", "error", "with constant", "error"], rows, left=(0,))
+    header = ["held-out point", "FLOPs", law.metric, *(x for f in forms for x in (form_label(f.fit.form), "error"))]
+    return Table(header, rows, left=(0,))
+
+
+def backtest_table(law: Law) -> Table:
+    """Every form fitted below several cuts of compute, and its mean error at the frontier points above."""
+    rows = [
+        [
+            f"{test.cut_compute:.3g}",
+            form_label(test.form),
+            str(test.num_fitted),
+            str(len(test.points)) if test.points else "",
+            "" if test.factor is None else f"{test.factor:.3g}×",
+            "" if test.mean_relative_error is None else f"{test.mean_relative_error:.1%}",
+            "" if test.no_change_error is None else f"{test.no_change_error:.1%}",
+            test.message,
+        ]
+        for test in law.backtest
+    ]
+    header = ["cut (FLOPs)", "form", "fitted", "held out", "reach", "mean error", "if nothing changed", "remark"]
+    return Table(header, rows, left=(1, 7))
 
 
 def metrics_table(records: Sequence[EvalRecord]) -> str:
@@ -93,7 +128,7 @@ def metrics_table(records: Sequence[EvalRecord]) -> str:
         for r in ordered
     ]
     header = ["run", "images", "metric", "split", "value", "N", "how"]
-    return table(header, rows, left=(0, 2, 3, 6))
+    return str(Table(header, rows, left=(0, 2, 3, 6)))
 
 
 def _measured_value(record: EvalRecord) -> str:
@@ -121,44 +156,25 @@ def _how(record: EvalRecord) -> str:
     return "; ".join([*words, *details.get("notes", [])])
 
 
-def table(header: Sequence[str], rows: Sequence[Sequence[str]], *, left: Sequence[int] = ()) -> str:
-    """A plain text table; columns are right-aligned except those in `left`, and empty columns are left out."""
-    used = [i for i in range(len(header)) if any(row[i] for row in rows)] or list(range(len(header)))
-    lines = [[row[i] for i in used] for row in (header, *rows)]
-    widths = [max(len(line[k]) for line in lines) for k in range(len(used))]
-
-    def align(line: Sequence[str]) -> str:
-        cells = zip(line, widths, used, strict=True)
-        return _INDENT + "  ".join(c.ljust(w) if i in left else c.rjust(w) for c, w, i in cells)
-
-    aligned = [align(line) for line in lines]
-    rule = _INDENT + "  ".join("-" * width for width in widths)
-    return "\n".join(line.rstrip() for line in (aligned[0], rule, *aligned[1:]))
-
-
 def _value(point: Point) -> str:
     return f"{point.value:.4g}" if point.stderr is None else f"{point.value:.3f} ± {point.stderr:.3f}"
 
 
 def _fit_row(law_fit: LawFit) -> list[str]:
-    fit, boot, held = law_fit.fit, law_fit.uncertainty, law_fit.hold_out
-    name = {"power": "a C^-b", "power_constant": "c + a C^-b"}[fit.form]
-    curve = fit.curve
-    if curve is None or fit.r2_log is None or fit.r2_linear is None:
-        return [name, str(fit.num_points), *[""] * 9, f"{fit.status}: {fit.message}"]
-    interval = boot.intervals.get("exponent") if boot else None
-    doubt = "?" if boot and boot.status != "ok" else ""
+    fit, held = law_fit.fit, law_fit.hold_out
+    doubt = f": {fit.message}" if fit.message else ""
     return [
-        name,
+        form_label(fit.form),
         str(fit.num_points),
-        f"{curve.exponent:.4f} ± {fit.exponent_stderr or 0.0:.4f}",
-        f"{interval[0]:.4f} .. {interval[1]:.4f}{doubt}" if interval else "",
-        f"{curve.constant:.3f}" if fit.form == "power_constant" else "",
-        f"{fit.constant_interval[0]:.3f} .. {fit.constant_interval[1]:.3f}" if fit.constant_interval else "",
-        f"{fit.r2_log:.4f}",
-        f"{fit.r2_linear:.4f}",
-        "" if held.mean_relative_error is None else f"{held.mean_relative_error:.1%}",
-        f"{fit.share_of_starts:.0%}" if fit.share_of_starts is not None else "",
-        f"{fit.condition_number:.3g}" if fit.condition_number is not None else "",
-        fit.status,
+        ", ".join(str(p) for p in parameters(law_fit)),
+        _number(fit.r2_log, ".4f"),
+        _number(fit.aicc, ".1f"),
+        _number(held.mean_relative_error, ".1%"),
+        _number(fit.share_of_starts, ".0%"),
+        _number(fit.condition_number, ".3g"),
+        f"{status_label(law_fit.status)}{doubt}",
     ]
+
+
+def _number(value: float | None, how: str) -> str:
+    return "" if value is None else format(value, how)

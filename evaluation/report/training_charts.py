@@ -9,7 +9,7 @@ from evaluation.report.palette import SizeGroup, size_groups
 from evaluation.report.run_files import RunRecords
 from evaluation.report.style import size_label
 
-QUARTILES = ("t in the first quarter: least noise", "second quarter", "third quarter", "last quarter: most noise")
+QUARTILES = ("first quarter of t (least noise)", "second quarter", "third quarter", "last quarter (most noise)")
 _LOSSES = {"mse": "noise prediction, MSE", "vb": "bound T·L_t, bits/dim"}
 _SPEEDS = {"speed/img_per_second": "images per second", "speed/mfu": "share of the device's peak (MFU)"}
 
