@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from scipy import special  # not scipy.stats, which takes a second to import
 
 from evaluation.scaling.broken_solver import (
     Data,
@@ -84,6 +85,7 @@ class BrokenSolution:
     amplitude: float  # at t = 0
     objective: float  # weighted sum of squares
     nested_objective: float  # of the power law without a break: same weights, same bounds of the constant
+    break_p_value: float  # how often chance alone gains as much where there is no break; points taken as independent
     share_of_starts: float  # that end in the best optimum
     condition_number: float | None  # of the scaled normal equations of all parameters that are not at a bound
     stationarity: float  # largest cosine between the residual and a free parameter's derivative; 0 at an optimum
@@ -95,25 +97,14 @@ class BrokenSolution:
         beta0, beta1, tau, log_phi = (float(x) for x in self.theta)
         fall = log_fall(self.theta[None], np.array([[(np.log(reference) - log_min) / span]]))[0, 0]
         return BrokenCurve(
-            beta0 / span,
-            beta1 / span,
+            float(beta0 / span),
+            float(beta1 / span),
             float(np.exp(log_min + tau * span)),
-            float(np.exp(log_phi)) * span,
+            float(np.exp(log_phi) * span),
             self.constant,
             float(self.amplitude * np.exp(-fall)),
-            reference,
+            float(reference),
         )
-
-    def f_statistic(self, num_points: int) -> float:
-        """What each of the break's three parameters explains, over what each degree of freedom leaves unexplained.
-
-        The place of the break is searched for, so chance alone exceeds the quantiles of the F distribution. Where the
-        unbroken power law leaves nothing but rounding this is 0.
-        """
-        dof = num_points - 5 - (0 if "constant" in self.at_bound else 1)
-        if dof < 1 or self.nested_objective <= self.objective:
-            return 0.0
-        return (self.nested_objective / self.objective - 1) * dof / 3 if self.objective > 0 else float("inf")
 
 
 @dataclass(frozen=True)
@@ -138,6 +129,7 @@ def solve_broken(t: Array, y: Array, weights: Array, *, with_constant: bool = Tr
         t, y, weights: [n]; y > 0, t between 0 and 1, MIN_COMPUTES different t at least.
         with_constant: fit c between 0 and min y; otherwise c = 0.
     """
+    t, y, weights = (x[weights > 0] for x in (t, y, weights))
     exact, rest = merge(t, y, weights[None], with_constant=with_constant)
     coarse, _ = merge(t, y, weights[None], with_constant=with_constant, bins=_BINS)
     bounds, rounding = _bounds(exact.t[0]), float(weights @ y**2) * _ROUNDING
@@ -149,12 +141,14 @@ def solve_broken(t: Array, y: Array, weights: Array, *, with_constant: bool = Tr
     theta = descend(np.vstack([basins[:1], unbroken]), exact, bounds)
     theta = theta[np.argmin(linear(theta, exact).objective)][None]
     best = linear(theta, exact)
+    objective = float(best.objective[0] + rest[0])
     return BrokenSolution(
         theta[0],
         float(best.constant[0]),
         float(best.amplitude[0]),
-        float(best.objective[0] + rest[0]),
+        objective,
         float(plain.objective[0]),
+        _break_p_value(float(plain.objective[0]), objective, len(t) - (5 if best.clipped[0] else 6), rounding),
         float(np.mean(reached <= reached.min() * (1 + _SAME) + rounding)),
         *_certificate(theta, best, exact, bounds, rounding),
         np.vstack([theta, basins[1:]]),
@@ -169,14 +163,15 @@ def solve_broken_rounds(
     With more than 1024 different computes, neighbours within a thousandth of the range are merged.
 
     Args:
-        t, y: [n].
+        t: [n]. y: [n], or [R, n] where every weighting has values of its own.
         weights: [R, n], zero for a point left out.
         basins: [K, 4] of `BrokenSolution`.
     """
     step = max(1, _BLOCK // max(1, len(t)))
     bounds = _bounds(np.unique(t))
     parts = [
-        _solve_block(t, y, weights[i : i + step], basins, bounds, with_constant) for i in range(0, len(weights), step)
+        _solve_block(t, y if y.ndim == 1 else y[i : i + step], weights[i : i + step], basins, bounds, with_constant)
+        for i in range(0, len(weights), step)
     ]
     fields = ("theta", "constant", "amplitude", "objective")
     return BrokenRounds(*(np.concatenate([getattr(part, name) for part in parts]) for name in fields))
@@ -220,6 +215,18 @@ def _distinct(ends: Array, objective: Array, rounding: float) -> Array:
     apart = np.diff(objective[order]) > _SAME * objective[order][:-1] + rounding
     first = np.concatenate([[0], np.flatnonzero(apart) + 1])
     return np.asarray(ends[order[first[:_MAX_BASINS]]])
+
+
+def _break_p_value(nested: float, objective: float, dof: int, rounding: float) -> float:
+    """F test of the break's three parameters.
+
+    The test's conditions do not hold (without a break its place means nothing), but the bounds outweigh the search:
+    on unbroken power laws with 1 % noise and 8 to 200 points, 0 to 7 % of the fits came below 0.05.
+    """
+    gain = nested - objective
+    if dof < 1 or gain <= 0 or nested <= rounding:
+        return 1.0
+    return float(special.fdtrc(3, dof, gain / 3 / (objective / dof))) if objective > 0 else 0.0
 
 
 def _certificate(

@@ -54,7 +54,7 @@ def merge(t: Array, y: Array, weights: Array, *, with_constant: bool, bins: int 
     """Points of equal t as one, exactly, and the squares [R] that this takes out of the objective.
 
     Args:
-        t, y: [n].
+        t: [n]. y: [n] or [R, n].
         weights: [R, n].
         with_constant: whether the constant may differ from 0.
         bins: with more different t than this, neighbours within 1 / bins are merged at their weighted mean.
@@ -66,7 +66,7 @@ def merge(t: Array, y: Array, weights: Array, *, with_constant: bool, bins: int 
     order = np.argsort(place, kind="stable")
     group = place[order]
     first = np.flatnonzero(np.diff(group, prepend=-1))
-    w, y, t = weights[:, order], y[order], t[order]
+    w, y, t = weights[:, order], y[..., order], t[order]
     total = np.add.reduceat(w, first, axis=1)
     share = np.where(total > 0, total, 1.0)
     mean_y, mean_t = (np.add.reduceat(w * x, first, axis=1) / share for x in (y, t))

@@ -79,7 +79,7 @@ def domination(c: Columns) -> NDArray[np.bool_]:
     """Whether a curve beats a point at the point's compute: [n, curves]; a curve is a run of `c`."""
     log_x, log_y = np.log(c.compute), np.log(c.value)
     beaten = [_beats(own, log_x, log_y[None])[0] for own in _curves(c)]
-    return np.array(beaten, dtype=bool).reshape(len(c.runs), len(log_x)).T
+    return np.asarray(np.array(beaten, dtype=bool).reshape(len(c.runs), len(log_x)).T)
 
 
 def frontier_mask(c: Columns, log_y: Array) -> NDArray[np.bool_]:

@@ -6,12 +6,14 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-from evaluation.scaling.bootstrap import bootstrap
-from evaluation.scaling.fits import FORMS, Fit, Form, fit
+from evaluation.scaling.bootstrap import Settings, frontier_uncertainty
+from evaluation.scaling.compare import compare
+from evaluation.scaling.fits import Fit, Status, fit
+from evaluation.scaling.forms import FORMS, Form
 from evaluation.scaling.frontier import (
     MIN_IMAGES,
     Frontier,
@@ -20,8 +22,9 @@ from evaluation.scaling.frontier import (
     slopes_by_run,
     slopes_by_size,
 )
-from evaluation.scaling.holdout import HoldOut, hold_out
+from evaluation.scaling.holdout import HoldOut, backtest, hold_out
 from evaluation.scaling.points import Point, columns, require_one_kind
+from evaluation.scaling.rounds import Question
 from evaluation.scaling.uncertainty import Uncertainty
 from evaluation.scaling.verdict import describe
 
@@ -37,6 +40,13 @@ class LawFit:
     uncertainty: Uncertainty | None  # None where there is no fit
     hold_out: HoldOut
 
+    @property
+    def status(self) -> Status | Literal["uncalibrated"]:
+        """The fit's status; a sound fit whose intervals cannot be held to what they say is `uncalibrated`."""
+        if self.fit.status == "ok" and self.uncertainty is not None and self.uncertainty.status != "ok":
+            return "uncalibrated"
+        return self.fit.status
+
 
 @dataclass(frozen=True)
 class Law:
@@ -51,6 +61,7 @@ class Law:
     run_slopes: tuple[Slope, ...]
     size_slopes: tuple[Slope, ...]
     fits: tuple[LawFit, ...]  # one a form, in the order of FORMS
+    backtest: tuple[HoldOut, ...]  # fits below several cuts, held against what came later
     notes: tuple[str, ...]  # how well the law holds, in plain words; the first is the verdict
 
     def of(self, form: Form) -> LawFit:
@@ -59,9 +70,9 @@ class Law:
 
     @property
     def best(self) -> LawFit | None:
-        """The fit that describes the frontier best, of those that may be drawn; None where there is none."""
+        """The fit that describes the frontier best (AICc), of those that may be drawn; None where there is none."""
         drawn = [f for f in self.fits if f.fit.curve is not None and f.fit.status == "ok"]
-        return max(drawn, key=lambda f: f.fit.r2_linear or -math.inf, default=None)
+        return min(drawn, key=lambda f: -math.inf if f.fit.aicc is None else f.fit.aicc, default=None)
 
     @property
     def has_fit(self) -> bool:
@@ -84,9 +95,7 @@ def fit_law(
     *,
     min_images: int = MIN_IMAGES,
     constant: float | None = None,
-    num_rounds: int = 1000,
-    confidence: float = 0.95,
-    seed: int = 0,
+    settings: Settings | None = None,
 ) -> Law:
     """Fit the compute-scaling law of one metric.
 
@@ -94,42 +103,16 @@ def fit_law(
         points: of one metric, split, FLOP convention, data set and way of measuring, from any number of runs.
         min_images: points seen before this many training images are not fitted.
         constant: a known irreducible value, for the form `power`; None: 0.
-        num_rounds, confidence, seed: of the bootstrap over runs.
+        settings: how the intervals are made.
 
     Raises:
         DataError: points that must not be mixed. Anything else that is wrong with them is a status of the fits.
     """
     require_one_kind(points)
+    settings = settings or Settings()
     frontier = find_frontier(points, min_images=min_images)
-    candidates = list(frontier.candidates)
-    one_size = _one_size(candidates)
-
-    def law_fit(form: Form) -> LawFit:
-        known = constant if form == "power" else None
-        fitted = fit(columns(frontier.points), form, constant=known, confidence=confidence)
-        if one_size and fitted.curve is not None:
-            message = "all points are of one model size: this is its learning curve, not a scaling law."
-            refused = Fit(form, "one_size", message, fitted.num_points)
-            return LawFit(refused, None, HoldOut(form, "one_size", message, math.nan, 0))
-        held_out = hold_out(frontier, form, constant=known)
-        if fitted.curve is None:
-            return LawFit(fitted, None, held_out)
-        low, high = frontier.points[0].compute, frontier.points[-1].compute * BAND_BEYOND
-        return LawFit(
-            fitted,
-            bootstrap(
-                candidates,
-                form,
-                reference_compute=fitted.curve.reference_compute,
-                band_compute=np.geomspace(low, high, BAND_POINTS),
-                constant=known or 0.0,
-                num_rounds=num_rounds,
-                confidence=confidence,
-                seed=seed,
-            ),
-            held_out,
-        )
-
+    candidates = list(frontier.admitted)
+    fits = _compared([_law_fit(frontier, f, constant if f == "power" else None, settings) for f in FORMS])
     first = points[0] if points else Point("", "", math.nan, None, math.nan, "", 0, 0, "", 0)
     law = Law(
         metric=first.metric,
@@ -140,10 +123,33 @@ def fit_law(
         frontier=frontier,
         run_slopes=slopes_by_run(candidates),
         size_slopes=slopes_by_size(candidates),
-        fits=tuple(law_fit(form) for form in FORMS),
+        fits=fits,
+        backtest=() if _one_size(candidates) else backtest(frontier, constant=constant),
         notes=(),
     )
     return dataclasses.replace(law, notes=tuple(describe(law)))
+
+
+def _compared(fits: Sequence[LawFit]) -> tuple[LawFit, ...]:
+    """The fits, with the status `misfit` for forms that another one beats beyond doubt."""
+    judged = compare([f.fit for f in fits])
+    return tuple(dataclasses.replace(f, fit=fit) for f, fit in zip(fits, judged, strict=True))
+
+
+def _law_fit(frontier: Frontier, form: Form, constant: float | None, settings: Settings) -> LawFit:
+    """One form, fitted to the frontier, with its intervals and its test beyond the cut."""
+    fitted = fit(columns(frontier.points), form, constant=constant, confidence=settings.confidence)
+    if _one_size(frontier.admitted) and fitted.curve is not None:
+        message = "all points are of one model size: this is its learning curve, not a scaling law."
+        refused = Fit(form, "one_size", message, fitted.num_points)
+        return LawFit(refused, None, HoldOut(form, "one_size", message, math.nan, 0))
+    held_out = hold_out(frontier, form, constant=constant)
+    if fitted.curve is None:
+        return LawFit(fitted, None, held_out)
+    low, high = frontier.points[0].compute, frontier.points[-1].compute
+    band = np.geomspace(low, high * BAND_BEYOND, BAND_POINTS)
+    question = Question(form, constant or 0.0, fitted.curve.reference_compute, high, band)
+    return LawFit(fitted, frontier_uncertainty(frontier, fitted, question, settings), held_out)
 
 
 def _one_size(points: Sequence[Point]) -> bool:

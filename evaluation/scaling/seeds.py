@@ -1,4 +1,4 @@
-"""Runs that differ in nothing but their seed are one curve: their mean, so that the frontier is not the luckiest seed's.
+"""Runs that differ in nothing but their seed are one curve, their mean: else the frontier were the luckiest seed's.
 
 The least of several noisy values lies below what a size can be expected to reach, the more so the more seeds there are.
 """
@@ -29,7 +29,7 @@ def mean_names(points: Sequence[Point]) -> dict[str, str]:
     seeds: dict[int, dict[str, int]] = {}  # by size: seed by run
     for point in points:
         seeds.setdefault(point.num_params, {})[point.run] = point.seed
-    names = {}
+    names: dict[str, str] = {}
     for size, seed_of in seeds.items():
         together = size > 0 and len(seed_of) > 1 and len(set(seed_of.values())) == len(seed_of)
         names |= {run: f"mean of {len(seed_of)} seeds, {size:,} parameters" if together else run for run in seed_of}

@@ -1,9 +1,9 @@
 """How much values scatter: between runs that are alike but for their seed, and along one run. All in log value.
 
 From seeds: runs of one size, evaluated at the same computes, are a one-way layout; its mean squares are the estimates.
-Without repeated seeds the spread between runs shows only in how far runs lie from a law they all should follow, and that
-needs more runs than the law has parameters. A law through few single-seed curves says nothing of it: then it must be
-given, or the intervals are not calibrated.
+Without repeated seeds the spread between runs shows only in how far runs lie from a law they all should follow, and
+that needs more runs than the law has parameters. A law through few single-seed curves says nothing of it: then it must
+be given, or the intervals are not calibrated.
 """
 
 from __future__ import annotations

@@ -5,7 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from evaluation.scaling.spread import Spread
+
 Interval = tuple[float, float]
+Method = Literal["redraw", "resample", "none"]  # see bootstrap.py
 
 UncertaintyStatus = Literal[
     "ok",
@@ -32,8 +35,9 @@ class Uncertainty:
 
     status: UncertaintyStatus
     message: str  # why the status is what it is; empty for "ok"
-    num_runs: int
-    num_frontier_runs: int  # runs with a point on the frontier of all runs
+    method: Method
+    num_runs: int  # curves: the seeds of a size are one
+    num_frontier_runs: int  # those with a point on the frontier
     num_rounds: int
     num_valid: int  # rounds in which the form could be fitted
     confidence: float
@@ -42,3 +46,4 @@ class Uncertainty:
     band_low: tuple[float, ...] = ()
     band_high: tuple[float, ...] = ()
     predictions: tuple[Prediction, ...] = ()
+    spread: Spread | None = None  # from which runs were redrawn

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from evaluation.scaling.broken import BrokenCurve
+from evaluation.scaling.forms import FORMULAS
+
 if TYPE_CHECKING:
     from evaluation.scaling.law import Law, LawFit
 
@@ -11,30 +14,33 @@ if TYPE_CHECKING:
 GOOD_R2 = 0.98
 USEFUL_SHARE = 0.5
 ENOUGH_DECADES = 1.5
-FORM_NAMES = {"power": "y = a C^-b", "power_constant": "y = c + a C^-b"}
 
 
 def describe(law: Law) -> list[str]:
     """Sentences about the law; the first is the verdict."""
     if not law.has_fit:
         return [f"No law is fitted to the frontier: {law.of('power').fit.message}"]
-    notes = [_verdict(law.of("power")), *_constant_notes(law), *_range_notes(law)]
+    notes = [_verdict(law.of("power")), *_constant_notes(law), *_break_notes(law), *_range_notes(law)]
     for law_fit in law.fits:
-        name = FORM_NAMES[law_fit.fit.form]
+        name = FORMULAS[law_fit.fit.form]
         chi2 = law_fit.fit.chi2_per_dof
         if chi2 is not None and chi2 > 2:
             notes.append(
                 f"{name}: the points lie {chi2**0.5:.1f} times further from the fit than their own standard errors "
                 "say: runs differ, or the form is wrong."
             )
-    messages = [f.uncertainty.message for f in law.fits if f.uncertainty is not None and f.uncertainty.message]
-    notes += [f"Bootstrap: {message}" for message in dict.fromkeys(messages)]
+    doubts = [
+        f"Intervals {f.uncertainty.status}: {f.uncertainty.message}"
+        for f in law.fits
+        if f.uncertainty is not None and f.uncertainty.message
+    ]
+    notes += dict.fromkeys(doubts)
     return notes
 
 
 def _verdict(power: LawFit) -> str:
     fit, held_out = power.fit, power.hold_out
-    if fit.status != "ok" or fit.r2_log is None:
+    if fit.status not in ("ok", "misfit") or fit.r2_log is None:
         return f"A pure power law is not established ({fit.status}): {fit.message}"
     explains = f"R² {fit.r2_log:.3f} in log space on {fit.num_points} frontier points"
     error, no_change = held_out.mean_relative_error, held_out.no_change_error
@@ -57,12 +63,14 @@ def _constant_notes(law: Law) -> list[str]:
     if fit.curve is None or fit.constant_interval is None:
         return [f"With a constant: not fitted ({fit.status}): {fit.message}"]
     low, high = fit.constant_interval
-    if fit.status != "ok":
+    if fit.status == "unidentified":
         return [f"The irreducible constant is unidentified: {fit.message}"]
+    if fit.status != "ok":
+        return [f"With a constant: {fit.status}: {fit.message}"]
     if low == 0:
         return [f"No constant is needed: any c from 0 to {high:.4g} fits about as well as the pure power law."]
     notes = [f"The frontier bends: c = {fit.curve.constant:.4g} (95 % profile interval {low:.4g} to {high:.4g})."]
-    errors = [f.hold_out.mean_relative_error for f in law.fits]
+    errors = [law.of(form).hold_out.mean_relative_error for form in ("power", "power_constant")]
     if errors[0] is not None and errors[1] is not None:
         better = "with" if errors[1] < errors[0] else "without"
         notes.append(
@@ -70,6 +78,17 @@ def _constant_notes(law: Law) -> list[str]:
             f"{errors[1]:.1%} with against {errors[0]:.1%} without."
         )
     return notes
+
+
+def _break_notes(law: Law) -> list[str]:
+    fit = law.of("broken").fit
+    if fit.status != "ok" or not isinstance(fit.curve, BrokenCurve):
+        return []  # no break is the usual case
+    curve = fit.curve
+    return [
+        f"A break explains more: exponent {curve.exponent_below:.3f} below {curve.break_compute:.2g} FLOPs, "
+        f"{curve.exponent_above:.3f} above."
+    ]
 
 
 def _range_notes(law: Law) -> list[str]:

@@ -23,7 +23,7 @@ from evaluation.scaling.uncertainty import Prediction
 
 @lru_cache(maxsize=1)
 def law() -> Law:
-    return fit_law(study(num_seeds=2), num_rounds=50)
+    return fit_law(study(num_seeds=2), settings=Settings(num_rounds=50))
 
 
 def lines(axes: Axes) -> list[tuple[list[float], str]]:
@@ -139,9 +139,9 @@ def test_figure_without_a_law_says_why() -> None:
 
 def test_points_of_unknown_size_and_of_many_sizes() -> None:
     compute = np.geomspace(1e10, 1e14, 40)
-    unknown = law_chart(fit_law(curve_points(compute, 3e4 * compute**-0.3, num_params=0, images=0), num_rounds=10))
+    unknown = law_chart(fit_law(curve_points(compute, 3e4 * compute**-0.3, num_params=0, images=0), settings=Settings(num_rounds=10)))
     assert [s.label for s in unknown.panels[0].series if s.legend == "sizes"] == ["unknown size"]
-    many = law_chart(fit_law(curve_points(compute, 3e4 * compute**-0.3), num_rounds=10))
+    many = law_chart(fit_law(curve_points(compute, 3e4 * compute**-0.3), settings=Settings(num_rounds=10)))
     labels = [s.label for s in many.panels[0].series if s.legend == "sizes"]
     assert len(labels) == 12
     assert labels[0] == "1 to 4"

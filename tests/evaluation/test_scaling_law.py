@@ -15,7 +15,7 @@ from scaling_points import curve_points, point, study
 
 from data_pipeline.errors import DataError
 from evaluation.report.tables import law_report
-from evaluation.scaling.bootstrap import bootstrap
+from evaluation.scaling.bootstrap import Settings
 from evaluation.scaling.frontier import find_frontier, slopes_by_run, slopes_by_size
 from evaluation.scaling.holdout import hold_out
 from evaluation.scaling.law import Law, fit_law
@@ -133,7 +133,7 @@ def test_slopes() -> None:
 
 
 def test_bootstrap_without_noise_is_the_truth() -> None:
-    law = fit_law(power_study(), num_rounds=200)
+    law = fit_law(power_study(), settings=Settings(num_rounds=200))
     found = law.of("power").uncertainty
     assert isinstance(found, Uncertainty)
     assert found.status == "ok"
@@ -172,7 +172,7 @@ def test_bootstrap_of_one_round_equals_a_fit_of_the_drawn_runs() -> None:
 
 
 def test_few_runs_are_not_trusted() -> None:
-    law = fit_law(study(), num_rounds=100)
+    law = fit_law(study(), settings=Settings(num_rounds=100))
     assert law.of("power").uncertainty is not None
     assert law.of("power").uncertainty.status == "uncalibrated"
     assert any("4 runs" in note for note in law.notes)
@@ -201,14 +201,14 @@ def test_hold_out_error_of_an_exact_law_is_zero_and_no_change_is_not() -> None:
 
 
 def test_law_of_an_exact_power_law_says_that_it_holds() -> None:
-    law = fit_law(power_study(noise=1e-4), num_rounds=100)
+    law = fit_law(power_study(noise=1e-4), settings=Settings(num_rounds=100))
     assert law.verdict.startswith("A pure power law holds over this range")
     assert len(law.frontier.sizes) > 4
 
 
 def test_law_of_a_bent_frontier_says_so() -> None:
     compute = np.geomspace(1e15, 1e19, 12)
-    law = fit_law(curve_points(compute, 3 + 4 * (compute / 1e15) ** -0.4), num_rounds=100)
+    law = fit_law(curve_points(compute, 3 + 4 * (compute / 1e15) ** -0.4), settings=Settings(num_rounds=100))
     assert law.of("power_constant").fit.status == "ok"
     assert any(note.startswith("The frontier bends: c = 3") for note in law.notes)
     assert not law.verdict.startswith("A pure power law holds over")
@@ -216,7 +216,7 @@ def test_law_of_a_bent_frontier_says_so() -> None:
 
 def test_one_size_is_a_learning_curve() -> None:
     points = [p for p in study() if p.num_params == 420_000]
-    law = fit_law(points, num_rounds=50)
+    law = fit_law(points, settings=Settings(num_rounds=50))
     assert not law.has_fit
     assert {f.fit.status for f in law.fits} == {"one_size"}
     assert law.of("power").hold_out.mean_relative_error is None
@@ -237,7 +237,7 @@ def test_one_size_is_a_learning_curve() -> None:
     ids=["none", "one", "two", "constant", "nan", "zero compute", "rising"],
 )
 def test_degenerate_studies_give_no_law(points: list[Point]) -> None:
-    law = fit_law(points, num_rounds=20)
+    law = fit_law(points, settings=Settings(num_rounds=20))
     assert not law.has_fit
     assert law.verdict.startswith("No law is fitted")
     json.dumps(law.to_json(), allow_nan=False)
@@ -245,7 +245,7 @@ def test_degenerate_studies_give_no_law(points: list[Point]) -> None:
 
 
 def test_law_json_and_report() -> None:
-    law: Law = fit_law(study(), num_rounds=100)
+    law: Law = fit_law(study(), settings=Settings(num_rounds=100))
     value = json.loads(json.dumps(law.to_json(), allow_nan=False))
     assert value["fits"][0]["fit"]["curve"]["exponent"] == law.of("power").fit.curve.exponent  # type: ignore[union-attr]
     report = law_report(law)

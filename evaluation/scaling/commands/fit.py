@@ -10,10 +10,12 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.errors import UserError
-from evaluation.scaling.bootstrap import bootstrap
+from evaluation.scaling.bootstrap import Settings, fit_uncertainty
 from evaluation.scaling.commands.common import add_points, chosen_points, print_json
-from evaluation.scaling.fits import FORMS, Fit, Form, fit
+from evaluation.scaling.fits import Fit, fit
+from evaluation.scaling.forms import FORMS, Form
 from evaluation.scaling.points import columns, require_one_kind
+from evaluation.scaling.rounds import Question
 from evaluation.scaling.uncertainty import Uncertainty
 
 
@@ -43,16 +45,11 @@ def run(arguments: argparse.Namespace) -> int:
         fitted = dataclasses.replace(fitted, constant_interval=None)
     uncertainty = None
     if fitted.curve is not None and arguments.rounds > 0:
-        uncertainty = bootstrap(
-            points,
-            form,
-            reference_compute=fitted.curve.reference_compute,
-            band_compute=np.array([fitted.curve.reference_compute]),
-            constant=constant or 0.0,
-            frontier=False,
-            num_rounds=arguments.rounds,
-            seed=arguments.seed,
-        )
+        c = columns(points)
+        reference, last = fitted.curve.reference_compute, float(c.compute.max())
+        question = Question(form, constant or 0.0, reference, last, np.array([reference]))
+        settings = Settings(num_rounds=arguments.rounds, seed=arguments.seed)
+        uncertainty = fit_uncertainty(c, fitted, question, settings)
     if arguments.json:
         print_json(_as_json(fitted, uncertainty))
     else:

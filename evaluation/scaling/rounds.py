@@ -1,0 +1,171 @@
+"""One form fitted in many rounds at once, and what the rounds say together: percentile intervals."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+from scipy import special
+
+from evaluation.scaling.broken import solve_broken, solve_broken_rounds
+from evaluation.scaling.forms import MIN_LOG_SPAN, MIN_POINTS, Form, Scale, base_weights, scale_of
+from evaluation.scaling.points import Array
+from evaluation.scaling.solver import solve_power, solve_power_constant
+from evaluation.scaling.uncertainty import Interval, Prediction, Uncertainty, UncertaintyStatus
+
+MIN_VALID_SHARE = 0.8
+_BELOW_MIN = 1 - 1e-9  # c < min y
+
+
+@dataclass(frozen=True)
+class Question:
+    """What is asked of every round."""
+
+    form: Form
+    constant: float  # known constant of the form `power`
+    reference_compute: float  # where the amplitude is taken
+    max_compute: float  # of the points that were fitted: predictions are at multiples of it
+    band_compute: Array  # [m]
+    factors: tuple[float, ...] = (10.0, 100.0)  # of the largest compute, for the predictions
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Many data sets at the same computes."""
+
+    compute: Array  # [n]
+    value: Array  # [n], or [R, n] where every round has values of its own
+    stderr: Array | None  # [n]
+    counts: Array  # [R, n] how often a point takes part
+    centre: tuple[Array, Array]  # what the rounds scatter about: values [n], and which of them are fitted [n]
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """The fits of the rounds that have one."""
+
+    parameters: dict[str, Array]  # by name: [V]
+    band: Array  # [V, m]
+    predictions: Array  # [V, factors]
+
+
+def solve_rounds(draws: Draws, question: Question) -> Rounds:
+    """Fit every round; those whose points do not determine the form, or do not fall, are left out."""
+    valid = _determined(draws, question.form)
+    counts = draws.counts[valid]
+    value = draws.value if draws.value.ndim == 1 else draws.value[valid]
+    scale = scale_of(draws.compute)
+    t, at = scale.t(draws.compute), np.concatenate([question.band_compute, _targets(question)])
+    weights = counts * base_weights(value, draws.stderr, question.form, question.constant)
+    if question.form == "broken":
+        return _broken_rounds(draws, value, weights, question, at)
+    if question.form == "power":
+        above = np.where(value > question.constant, value - question.constant, np.nan)
+        weights = np.where(np.isfinite(above), weights, 0.0)
+        solutions = solve_power(t, np.log(np.where(np.isfinite(above), above, 1.0)), weights)
+    else:
+        lowest = np.where(counts > 0, value, np.inf).min(axis=1, initial=np.inf)
+        solutions = solve_power_constant(t, value, weights, np.zeros(len(counts)), lowest * _BELOW_MIN)
+    kept = np.isfinite(solutions.objective) & (solutions.beta > 0) & (solutions.amplitude > 0)
+    beta, amplitude = solutions.beta[kept], solutions.amplitude[kept]
+    constant = solutions.constant[kept] + question.constant
+    curves = constant[:, None] + amplitude[:, None] * np.exp(-beta[:, None] * scale.t(at))
+    parameters = {"exponent": beta / scale.span, "amplitude": _amplitude(beta, amplitude, scale, question)}
+    if question.form != "power":
+        parameters["constant"] = constant
+    m = len(question.band_compute)
+    return Rounds(parameters, curves[:, :m], curves[:, m:])
+
+
+def _broken_rounds(draws: Draws, value: Array, weights: Array, question: Question, at: Array) -> Rounds:
+    scale = scale_of(draws.compute)
+    t_all, t = scale.t(at), scale.t(draws.compute)
+    expected, fitted = draws.centre
+    starts = solve_broken(t, expected, fitted * base_weights(expected, draws.stderr, question.form)).basins
+    found = solve_broken_rounds(t, value, weights, starts)
+    kept = np.isfinite(found.objective) & (found.amplitude > 0)
+    curves = found.values(t_all)[kept]
+    theta = found.theta[kept]
+    names = ("exponent_below", "exponent_above", "break_compute", "sharpness")
+    columns = (
+        theta[:, 0] / scale.span, theta[:, 1] / scale.span,
+        np.exp(scale.log_min + theta[:, 2] * scale.span), np.exp(theta[:, 3]) * scale.span,
+    )  # fmt: skip
+    m = len(question.band_compute)
+    parameters = dict(zip(names, columns, strict=True)) | {"constant": found.constant[kept]}
+    return Rounds(parameters, curves[:, :m], curves[:, m:])
+
+
+def selection_bias(rounds: Rounds, draws: Draws, question: Question) -> tuple[str, float]:
+    """The parameter whose rounds lie most to one side of what they were drawn about, and how far (Efron's z0).
+
+    0 where half of the rounds lie on either side. Of 0 on average, noise alone: a frontier picks the luckiest of many
+    curves, and what is fitted to it is then lucky too. An interval of standard errors is off by about twice as many.
+    """
+    values, counts = draws.centre
+    centre = solve_rounds(Draws(draws.compute, values, draws.stderr, counts[None], draws.centre), question)
+    if not len(centre.band):
+        return "fit", np.inf
+    found = {}
+    for name, drawn in rounds.parameters.items():
+        expected = centre.parameters[name][0]
+        near = np.abs(drawn - expected) <= 1e-9 * abs(expected)  # at a bound, or without any noise
+        below = float(np.mean((drawn < expected) & ~near) + np.mean(near) / 2)
+        half = 0.5 / len(drawn)
+        found[name] = float(special.ndtri(np.clip(below, half, 1 - half)))
+    return max(found.items(), key=lambda item: abs(item[1]))
+
+
+def summarise(
+    rounds: Rounds, question: Question, fitted: Array, *, num_rounds: int, confidence: float
+) -> tuple[UncertaintyStatus, str, dict[str, Interval], Array, tuple[Prediction, ...]]:
+    """Status, message, intervals by parameter, band [2, m] and predictions.
+
+    Args:
+        fitted: what the fit itself predicts at the question's factors.
+    """
+    num_valid = len(rounds.band)
+    if num_valid < 0.5 * num_rounds:
+        message = f"the form could be fitted in only {num_valid} of {num_rounds} rounds."
+        return "failed", message, {}, np.empty((2, 0)), ()
+    tails = [50 * (1 - confidence), 50 * (1 + confidence)]
+    intervals = {name: _pair(np.percentile(values, tails)) for name, values in rounds.parameters.items()}
+    band = np.percentile(rounds.band, tails, axis=0)
+    ends = np.percentile(rounds.predictions, tails, axis=0)
+    predictions = tuple(
+        Prediction(float(compute), factor, float(value), float(low), float(high))
+        for compute, factor, value, low, high in zip(_targets(question), question.factors, fitted, *ends, strict=True)
+    )
+    if num_valid < MIN_VALID_SHARE * num_rounds:
+        message = f"the form could not be fitted in {num_rounds - num_valid} of {num_rounds} rounds."
+        return "unstable", message, intervals, band, predictions
+    return "ok", "", intervals, band, predictions
+
+
+def failed(message: str, num_runs: int, num_frontier_runs: int, num_rounds: int, confidence: float) -> Uncertainty:
+    """No intervals, and why."""
+    return Uncertainty("failed", message, "none", num_runs, num_frontier_runs, num_rounds, 0, confidence)
+
+
+def _targets(question: Question) -> Array:
+    return question.max_compute * np.array(question.factors)
+
+
+def _amplitude(beta: Array, amplitude: Array, scale: Scale, question: Question) -> Array:
+    return np.asarray(amplitude * np.exp(-beta * scale.t(question.reference_compute)))
+
+
+def _determined(draws: Draws, form: Form) -> NDArray[np.bool_]:
+    """Rounds with enough different computes, far enough apart, to determine the form: [R]."""
+    order = np.argsort(draws.compute, kind="stable")
+    log_compute = np.log(draws.compute[order])
+    starts = np.flatnonzero(np.diff(log_compute, prepend=-np.inf) > 0)  # where a new compute begins
+    present = np.add.reduceat(draws.counts[:, order], starts, axis=1) > 0  # [R, computes]
+    x = log_compute[starts]
+    span = np.where(present, x, -np.inf).max(axis=1) - np.where(present, x, np.inf).min(axis=1)
+    return np.asarray((present.sum(axis=1) >= MIN_POINTS[form] - 1) & (span >= MIN_LOG_SPAN))
+
+
+def _pair(values: Array) -> Interval:
+    return float(values[0]), float(values[1])
