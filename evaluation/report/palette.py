@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.colors import to_hex
+from numpy.typing import NDArray
 
 from evaluation.report.style import size_label
 
@@ -32,7 +33,7 @@ def size_groups(sizes: Sequence[int]) -> list[SizeGroup]:
     """Groups in ascending order; points of unknown size (0) form one of their own."""
     ordered = sorted(set(sizes))
     groups = [part for part in np.array_split(ordered, min(len(ordered), MAX_GROUPS)) if len(part)] if ordered else []
-    colours = _sequence(len(groups))
+    colours = ordered_colours(len(groups))
     return [
         SizeGroup(_label(part), colour, frozenset(part.tolist())) for part, colour in zip(groups, colours, strict=True)
     ]
@@ -43,10 +44,11 @@ def form_colour(form: str) -> str:
     return _FORMS.get(form, _OTHER_FORM)
 
 
-def _label(sizes: np.ndarray) -> str:
+def ordered_colours(num: int) -> list[str]:
+    """So many colours from light to dark."""
+    return [to_hex(colour) for colour in colormaps["viridis_r"](np.linspace(0.18, 0.95, num))]
+
+
+def _label(sizes: NDArray[np.int64]) -> str:
     low, high = size_label(int(sizes[0])), size_label(int(sizes[-1]))
     return low if low == high else f"{low} to {high}"
-
-
-def _sequence(num: int) -> list[str]:
-    return [to_hex(colour) for colour in colormaps["viridis_r"](np.linspace(0.18, 0.95, num))]
