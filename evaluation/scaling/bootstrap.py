@@ -1,8 +1,9 @@
 """Intervals over runs, since the points of one run are not independent.
 
-Few runs are **redrawn**: every round draws new runs from the fitted spread between runs and along them (redraw.py).
-Many are **resampled**: whole runs are drawn with replacement, which assumes nothing of how they are spread. Both select
-the frontier again in every round, and all rounds are solved at once. docs/scaling.md says how often intervals cover.
+Runs are **redrawn**: every round draws new runs from the fitted spread between runs and along them (redraw.py), and
+selects the frontier again. Where many runs are fitted as they are, without a frontier, they are **resampled** with
+replacement instead, which assumes nothing of how they are spread. All rounds are solved at once. docs/scaling.md says
+how often the intervals cover.
 """
 
 from __future__ import annotations
@@ -10,19 +11,21 @@ from __future__ import annotations
 import dataclasses
 
 import numpy as np
-from numpy.typing import NDArray
 
 from evaluation.scaling.fits import Fit
 from evaluation.scaling.forms import AnyCurve
-from evaluation.scaling.frontier import Frontier, domination, frontier_mask
+from evaluation.scaling.frontier import Frontier, frontier_mask
 from evaluation.scaling.points import Array, Columns, columns
 from evaluation.scaling.redraw import redraw, seeds_of_means
-from evaluation.scaling.rounds import Draws, Question, failed, selection_bias, solve_rounds, summarise
+from evaluation.scaling.rounds import Draws, Question, failed, solve_rounds, summarise
 from evaluation.scaling.spread import MIN_DOF, Spread, smoothed, spread_about_law, spread_of_curves
 from evaluation.scaling.uncertainty import Method, Uncertainty, UncertaintyStatus
 
-MIN_RESAMPLED_RUNS = 20  # with fewer, percentiles over resampled runs are too narrow
-MAX_BIAS = 0.25  # of a standard error, where single seeds are selected from
+MIN_RESAMPLED_RUNS = 30  # with fewer, percentiles over resampled runs are too narrow
+_SINGLE_SEED = (
+    "sizes with a single seed are on the frontier, and who is ahead there is partly luck: the intervals may miss the "
+    "truth more often than they say. Train several seeds a size."
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,12 +41,6 @@ class Settings:
 def frontier_uncertainty(frontier: Frontier, fit: Fit, question: Question, settings: Settings) -> Uncertainty:
     """Intervals of a form that was fitted to the frontier, which is selected again in every round."""
     c = columns(frontier.candidates)
-    num_runs, reached = len(c.runs), len({p.run for p in frontier.points})
-    if reached >= MIN_RESAMPLED_RUNS:
-        beaten = domination(c)
-        fitted = np.where(beaten.any(axis=1), 0.0, 1.0)
-        draws = Draws(c.compute, c.value, c.stderr, _resampled(c, beaten, settings), (c.value, fitted))
-        return _uncertainty(draws, fit, question, settings, "resample", None, (num_runs, reached))
     spread = spread_of_curves(frontier.admitted, settings.run_spread)
     mean, _ = smoothed(c)
     seeds = seeds_of_means(c, frontier.admitted)
@@ -51,14 +48,19 @@ def frontier_uncertainty(frontier: Frontier, fit: Fit, question: Question, setti
     counts = frontier_mask(c, log_values).astype(np.float64)
     centre = (np.exp(mean), frontier_mask(c, mean[None])[0].astype(np.float64))
     draws = Draws(c.compute, np.exp(log_values), c.stderr, counts, centre)
-    return _uncertainty(draws, fit, question, settings, "redraw", spread, (num_runs, reached))
+    reached = {p.run for p in frontier.points}
+    alone = any(seeds[c.runs.index(run)] < 2 for run in reached)
+    found = _uncertainty(draws, fit, question, settings, "redraw", spread, (len(c.runs), len(reached)))
+    if alone and found.status == "ok":
+        return dataclasses.replace(found, status="uncalibrated", message=_SINGLE_SEED)
+    return found
 
 
 def fit_uncertainty(c: Columns, fit: Fit, question: Question, settings: Settings) -> Uncertainty:
     """Intervals of a form that was fitted to all points of `c`."""
     num_runs, everything = len(c.runs), np.ones_like(c.value)
     if num_runs >= MIN_RESAMPLED_RUNS:
-        draws = Draws(c.compute, c.value, c.stderr, _resampled(c, None, settings), (c.value, everything))
+        draws = Draws(c.compute, c.value, c.stderr, _resampled(num_runs, c, settings), (c.value, everything))
         return _uncertainty(draws, fit, question, settings, "resample", None, (num_runs, num_runs))
     assert fit.curve is not None
     law = fit.curve(c.compute)
@@ -83,7 +85,7 @@ def _uncertainty(
         rounds, question, fitted, num_rounds=settings.num_rounds, confidence=settings.confidence
     )
     if status == "ok":
-        status, message = _calibration(spread, *selection_bias(rounds, draws, question))
+        status, message = _calibration(spread)
     return Uncertainty(
         status, message, method, *num_runs, settings.num_rounds, len(rounds.band), settings.confidence, intervals,
         tuple(question.band_compute.tolist()) if band.size else (), tuple(band[0].tolist()), tuple(band[1].tolist()),
@@ -91,21 +93,14 @@ def _uncertainty(
     )  # fmt: skip
 
 
-def _calibration(spread: Spread | None, biased: str, bias: float) -> tuple[UncertaintyStatus, str]:
+def _calibration(spread: Spread | None) -> tuple[UncertaintyStatus, str]:
     """Whether the intervals can be held to what they say."""
-    if spread is None or (spread.between_dof >= MIN_DOF and spread.source != "given"):
+    if spread is None or spread.between_dof >= MIN_DOF:
         return "ok", ""
-    if spread.source == "given":
-        if abs(bias) <= MAX_BIAS:
-            return "ok", ""
-        return "uncalibrated", (
-            f"luck in who is ahead moves the {biased} by {abs(bias):.1f} of its standard errors, and the intervals may "
-            "be off by twice that. Train several seeds a size."
-        )
     if spread.source == "unknown":
         return "uncalibrated", (
             "how much runs differ that are alike but for their seed cannot be told from these: the intervals only hint "
-            "at the uncertainty. Train several seeds a size, or give the spread if it is known (run_spread)."
+            "at the uncertainty. Train several seeds a size."
         )
     return "uncalibrated", (
         f"the spread between runs rests on {spread.between_dof:g} degree(s) of freedom, of which {MIN_DOF} are needed: "
@@ -113,12 +108,8 @@ def _calibration(spread: Spread | None, biased: str, bias: float) -> tuple[Uncer
     )
 
 
-def _resampled(c: Columns, beaten: NDArray[np.bool_] | None, settings: Settings) -> Array:
+def _resampled(num_runs: int, c: Columns, settings: Settings) -> Array:
     """How often each point takes part in each round: [R, n]."""
-    rng, num_runs = np.random.default_rng(settings.seed), len(c.runs)
+    rng = np.random.default_rng(settings.seed)
     drawn = rng.multinomial(num_runs, np.full(num_runs, 1 / num_runs), size=settings.num_rounds)  # [R, runs]
-    counts = drawn[:, c.run].astype(np.float64)
-    if beaten is not None:  # a point stays on the frontier if no drawn run beats it
-        beaters = (drawn > 0).astype(np.float32) @ beaten.T.astype(np.float32)  # [R, n]
-        counts[beaters > 0] = 0.0
-    return counts
+    return np.asarray(drawn[:, c.run], dtype=np.float64)

@@ -75,6 +75,12 @@ def find_frontier(points: Sequence[Point], *, min_images: int = MIN_IMAGES) -> F
     return Frontier(tuple(on_frontier), tuple(candidates), tuple(admitted), tuple(exclusions), sizes)
 
 
+def all_points(points: Sequence[Point]) -> Frontier:
+    """Every point in the place of the frontier, by compute: for points that are to be fitted as they are."""
+    kept = tuple(sorted(points, key=lambda p: (p.compute, p.run)))
+    return Frontier(kept, kept, kept, (), tuple(sorted({p.num_params for p in kept})))
+
+
 def domination(c: Columns) -> NDArray[np.bool_]:
     """Whether a curve beats a point at the point's compute: [n, curves]; a curve is a run of `c`."""
     log_x, log_y = np.log(c.compute), np.log(c.value)

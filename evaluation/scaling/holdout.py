@@ -50,37 +50,44 @@ class HoldOut:
     no_change_error: float | None = None
 
 
-def backtest(frontier: Frontier, *, constant: float | None = None) -> tuple[HoldOut, ...]:
+def backtest(frontier: Frontier, *, constant: float | None = None, select: bool = True) -> tuple[HoldOut, ...]:
     """Every form fitted below several cuts and held against what came later, by cut and form."""
-    return tuple(hold_out(frontier, form, constant=constant, share=s) for s in BACKTEST_SHARES for form in FORMS)
+    return tuple(
+        hold_out(frontier, form, constant=constant, share=s, select=select) for s in BACKTEST_SHARES for form in FORMS
+    )
 
 
-def hold_out(frontier: Frontier, form: Form, *, constant: float | None = None, share: float = LOWER_SHARE) -> HoldOut:
+def hold_out(
+    frontier: Frontier, form: Form, *, constant: float | None = None, share: float = LOWER_SHARE, select: bool = True
+) -> HoldOut:
     """Fit the frontier below the cut and measure the error above it.
 
     Args:
         constant: a known constant, for the form `power`.
         share: of the range of log compute, where the cut lies.
+        select: the frontier below the cut from the candidates below it; otherwise `frontier.points` are fitted as
+            they are.
     """
     known = constant if form == "power" else None
     if not frontier.points:
         return HoldOut(form, "too_few_points", "no frontier points.", float("nan"), 0)
     logs = np.log([p.compute for p in frontier.points])
     cut = float(np.exp(logs[0] + share * (logs[-1] - logs[0])))
-    lower = find_frontier([p for p in frontier.candidates if p.compute <= cut], min_images=0)
+    below = [p for p in (frontier.candidates if select else frontier.points) if p.compute <= cut]
+    lower = find_frontier(below, min_images=0).points if select else tuple(below)
     above = [p for p in frontier.points if p.compute > cut]
-    fitted = fit(columns(lower.points), form, constant=known)
+    fitted = fit(columns(lower), form, constant=known)
     if fitted.curve is None or not above:
         message = fitted.message or "no frontier point lies above the cut."
         status: Status = fitted.status if fitted.curve is None else "too_few_points"
-        return HoldOut(form, status, message, cut, len(lower.points))
+        return HoldOut(form, status, message, cut, len(lower))
     predicted = fitted.curve([p.compute for p in above])
     points = tuple(HeldOutPoint(p, float(y)) for p, y in zip(above, predicted, strict=True))
     errors = np.abs([p.relative_error for p in points])
-    best = min(p.value for p in lower.points)
+    best = min(p.value for p in lower)
     unchanged = np.abs([(best - p.value) / p.value for p in above])
     return HoldOut(
-        form, fitted.status, fitted.message, cut, len(lower.points),
-        above[-1].compute / lower.points[-1].compute, points,
+        form, fitted.status, fitted.message, cut, len(lower),
+        above[-1].compute / lower[-1].compute, points,
         float(errors.mean()), float(errors.max()), float(unchanged.mean()),
     )  # fmt: skip

@@ -6,13 +6,11 @@ import dataclasses
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
-
-from evaluation.scaling.bootstrap import Settings, frontier_uncertainty
+from evaluation.scaling.bootstrap import Settings
 from evaluation.scaling.compare import compare
-from evaluation.scaling.fits import Fit, Status, fit
+from evaluation.scaling.fits import Fit
 from evaluation.scaling.forms import FORMS, Form
 from evaluation.scaling.frontier import (
     MIN_IMAGES,
@@ -23,29 +21,16 @@ from evaluation.scaling.frontier import (
     slopes_by_size,
 )
 from evaluation.scaling.holdout import HoldOut, backtest, hold_out
-from evaluation.scaling.points import Point, columns, require_one_kind
-from evaluation.scaling.rounds import Question
-from evaluation.scaling.uncertainty import Uncertainty
+from evaluation.scaling.one_fit import OneFit, fit_one
+from evaluation.scaling.points import Point, require_one_kind
 from evaluation.scaling.verdict import describe
-
-BAND_POINTS = 64
-BAND_BEYOND = 3.0  # the band is drawn this factor beyond the largest compute
 
 
 @dataclass(frozen=True)
-class LawFit:
-    """One form, fitted to the frontier."""
+class LawFit(OneFit):
+    """One form, fitted to the frontier and tested beyond a cut."""
 
-    fit: Fit
-    uncertainty: Uncertainty | None  # None where there is no fit
     hold_out: HoldOut
-
-    @property
-    def status(self) -> Status | Literal["uncalibrated"]:
-        """The fit's status; a sound fit whose intervals cannot be held to what they say is `uncalibrated`."""
-        if self.fit.status == "ok" and self.uncertainty is not None and self.uncertainty.status != "ok":
-            return "uncalibrated"
-        return self.fit.status
 
 
 @dataclass(frozen=True)
@@ -72,7 +57,7 @@ class Law:
     def best(self) -> LawFit | None:
         """The fit that describes the frontier best (AICc), of those that may be drawn; None where there is none."""
         drawn = [f for f in self.fits if f.fit.curve is not None and f.fit.status == "ok"]
-        return min(drawn, key=lambda f: -math.inf if f.fit.aicc is None else f.fit.aicc, default=None)
+        return min(drawn, key=lambda f: math.inf if f.fit.aicc is None else f.fit.aicc, default=None)
 
     @property
     def has_fit(self) -> bool:
@@ -138,18 +123,13 @@ def _compared(fits: Sequence[LawFit]) -> tuple[LawFit, ...]:
 
 def _law_fit(frontier: Frontier, form: Form, constant: float | None, settings: Settings) -> LawFit:
     """One form, fitted to the frontier, with its intervals and its test beyond the cut."""
-    fitted = fit(columns(frontier.points), form, constant=constant, confidence=settings.confidence)
-    if _one_size(frontier.admitted) and fitted.curve is not None:
+    found = fit_one(frontier, form, select=True, constant=constant, settings=settings)
+    if _one_size(frontier.admitted) and found.fit.curve is not None:
         message = "all points are of one model size: this is its learning curve, not a scaling law."
-        refused = Fit(form, "one_size", message, fitted.num_points)
+        refused = Fit(form, "one_size", message, found.fit.num_points)
         return LawFit(refused, None, HoldOut(form, "one_size", message, math.nan, 0))
     held_out = hold_out(frontier, form, constant=constant)
-    if fitted.curve is None:
-        return LawFit(fitted, None, held_out)
-    low, high = frontier.points[0].compute, frontier.points[-1].compute
-    band = np.geomspace(low, high * BAND_BEYOND, BAND_POINTS)
-    question = Question(form, constant or 0.0, fitted.curve.reference_compute, high, band)
-    return LawFit(fitted, frontier_uncertainty(frontier, fitted, question, settings), held_out)
+    return LawFit(found.fit, found.uncertainty, held_out)
 
 
 def _one_size(points: Sequence[Point]) -> bool:

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy import special
 
 from evaluation.scaling.broken import solve_broken, solve_broken_rounds
 from evaluation.scaling.forms import MIN_LOG_SPAN, MIN_POINTS, Form, Scale, base_weights, scale_of
@@ -95,26 +94,6 @@ def _broken_rounds(draws: Draws, value: Array, weights: Array, question: Questio
     m = len(question.band_compute)
     parameters = dict(zip(names, columns, strict=True)) | {"constant": found.constant[kept]}
     return Rounds(parameters, curves[:, :m], curves[:, m:])
-
-
-def selection_bias(rounds: Rounds, draws: Draws, question: Question) -> tuple[str, float]:
-    """The parameter whose rounds lie most to one side of what they were drawn about, and how far (Efron's z0).
-
-    0 where half of the rounds lie on either side. Of 0 on average, noise alone: a frontier picks the luckiest of many
-    curves, and what is fitted to it is then lucky too. An interval of standard errors is off by about twice as many.
-    """
-    values, counts = draws.centre
-    centre = solve_rounds(Draws(draws.compute, values, draws.stderr, counts[None], draws.centre), question)
-    if not len(centre.band):
-        return "fit", np.inf
-    found = {}
-    for name, drawn in rounds.parameters.items():
-        expected = centre.parameters[name][0]
-        near = np.abs(drawn - expected) <= 1e-9 * abs(expected)  # at a bound, or without any noise
-        below = float(np.mean((drawn < expected) & ~near) + np.mean(near) / 2)
-        half = 0.5 / len(drawn)
-        found[name] = float(special.ndtri(np.clip(below, half, 1 - half)))
-    return max(found.items(), key=lambda item: abs(item[1]))
 
 
 def summarise(

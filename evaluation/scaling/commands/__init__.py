@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from evaluation.scaling.commands import fit
+from evaluation.scaling.commands import compare, fit, frontier, isoflop, plot, predict, size
 
-COMMANDS = (fit,)  # modules with `add(subparsers)`
+COMMANDS = (fit, predict, compare, frontier, isoflop, size, plot)  # modules with `add(subparsers)`

@@ -1,104 +1,153 @@
-"""`fit`: one form through all points."""
+"""`fit`: one form through all points, or through their frontier."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import math
+from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
-
-from data_pipeline.errors import UserError
-from evaluation.scaling.bootstrap import Settings, fit_uncertainty
-from evaluation.scaling.commands.common import add_points, chosen_points, print_json
-from evaluation.scaling.fits import Fit, fit
-from evaluation.scaling.forms import FORMS, Form
-from evaluation.scaling.points import columns, require_one_kind
-from evaluation.scaling.rounds import Question
-from evaluation.scaling.uncertainty import Uncertainty
+from evaluation.scaling.commands.common import chosen_points, print_json
+from evaluation.scaling.commands.fit_options import (
+    FORM_HELP,
+    add_fit_options,
+    chosen_frontier,
+    form_and_constant,
+    settings_of,
+)
+from evaluation.scaling.commands.size_data_text import fit_text
+from evaluation.scaling.forms import FORMS, FORMULAS, parameters
+from evaluation.scaling.frontier import Frontier
+from evaluation.scaling.one_fit import OneFit, fit_one
+from evaluation.scaling.points import Point, require_one_kind
+from evaluation.scaling.size_data import SizeDataFit, fit_size_data
 
 
 def add(subparsers: Any) -> None:
     """Add the command."""
     command = subparsers.add_parser("fit", help="fit a law to all points", description="Fit a law to all points.")
-    add_points(command)
-    command.add_argument("--form", choices=FORMS, default="power", help="power: a x^-b; power_constant: c + a x^-b")
+    add_fit_options(command)
+    command.add_argument("--form", choices=(*FORMS, "paper", "size_data"), default="power", help=FORM_HELP)
     command.add_argument(
-        "--constant",
-        metavar="V|fit|profile",
-        help="a number V: y - V = a x^-b is fitted; fit: the constant is fitted; profile: with its profile interval",
+        "--loss", choices=("huber", "lad", "lsq"), default="huber", help="of size_data, on log residuals"
     )
-    command.add_argument("--rounds", type=int, default=1000, metavar="N", help="of the bootstrap; 0: none")
-    command.add_argument("--seed", type=int, default=0, help="of the bootstrap")
-    command.add_argument("--json", action="store_true", help="print JSON")
+    command.add_argument("--delta", type=float, default=1e-3, help="of the Huber loss (default: 1e-3)")
     command.set_defaults(run=run)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Fit and print."""
-    form, constant = _form(arguments.form, arguments.constant)
-    points = chosen_points(arguments)
-    require_one_kind(points)
-    fitted = fit(columns(points), form, constant=constant)
+    if arguments.form == "size_data":
+        return _run_size_data(arguments)
+    form, constant = form_and_constant(arguments.form, arguments.constant)
+    frontier = chosen_frontier(arguments)
+    found = fit_one(frontier, form, select=arguments.frontier, constant=constant, settings=settings_of(arguments))
     if arguments.constant == "fit":
-        fitted = dataclasses.replace(fitted, constant_interval=None)
-    uncertainty = None
-    if fitted.curve is not None and arguments.rounds > 0:
-        c = columns(points)
-        reference, last = fitted.curve.reference_compute, float(c.compute.max())
-        question = Question(form, constant or 0.0, reference, last, np.array([reference]))
-        settings = Settings(num_rounds=arguments.rounds, seed=arguments.seed)
-        uncertainty = fit_uncertainty(c, fitted, question, settings)
+        found = dataclasses.replace(found, fit=dataclasses.replace(found.fit, constant_interval=None))
+    if arguments.x == "compute":
+        found = _one_size(found, frontier)
     if arguments.json:
-        print_json(_as_json(fitted, uncertainty))
+        print_json(fit_json(found, frontier))
     else:
-        print(_as_text(fitted, uncertainty))
+        print(_as_text(found, paper=arguments.form == "paper"))
     return 0
 
 
-def _form(form: Form, constant: str | None) -> tuple[Form, float | None]:
-    """The form and its known constant, from --form and --constant."""
-    if constant is None:
-        return form, None
-    if constant in ("fit", "profile"):
-        return "power_constant", None
-    try:
-        value = float(constant)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise UserError(f"--constant {constant!r} is neither a number nor 'fit' nor 'profile'.")
-    return "power", value
+def fit_json(found: OneFit, frontier: Frontier) -> dict[str, object]:
+    """The stable JSON of a fit; everything that was computed is in `fit` and `uncertainty`."""
+    fit, uncertainty, first = found.fit, found.uncertainty, next(iter(frontier.points), None)
+    return {
+        "form": fit.form,
+        "formula": FORMULAS[fit.form],
+        "metric": first.metric if first else None,
+        "flop_convention": first.flop_convention if first else None,
+        "status": found.status,
+        "message": fit.message or (uncertainty.message if uncertainty else ""),
+        "num_points": fit.num_points,
+        "num_runs": len({p.run for p in frontier.points}),
+        "parameters": parameters(fit.curve) if fit.curve is not None else {},
+        "intervals": uncertainty.intervals if uncertainty else {},
+        "constant_profile": fit.constant_interval,
+        "objective": fit.objective,
+        "outliers": [dataclasses.asdict(frontier.points[i]) for i in fit.outliers],
+        "fit": dataclasses.asdict(fit),
+        "uncertainty": dataclasses.asdict(uncertainty) if uncertainty else None,
+    }
 
 
-def _as_json(fitted: Fit, uncertainty: Uncertainty | None) -> dict[str, object]:
-    value: dict[str, object] = {"fit": dataclasses.asdict(fitted)}
-    if fitted.curve is not None:
-        value["log10_coefficient"] = fitted.curve.log10_coefficient
-    value["uncertainty"] = dataclasses.asdict(uncertainty) if uncertainty else None
-    return value
+def _run_size_data(arguments: argparse.Namespace) -> int:
+    points = chosen_points(arguments)
+    require_one_kind(points)
+    found = fit_size_data(
+        points, loss=arguments.loss, delta=arguments.delta, num_rounds=arguments.rounds,
+        confidence=arguments.confidence, seed=arguments.seed,
+    )  # fmt: skip
+    if arguments.json:
+        print_json(_size_data_json(found, points))
+    else:
+        print(fit_text(found))
+    return 0
 
 
-def _as_text(fitted: Fit, uncertainty: Uncertainty | None) -> str:
-    status = f"{fitted.status}: {fitted.message}" if fitted.message else fitted.status
-    lines = [f"form       {fitted.form}", f"status     {status}", f"points     {fitted.num_points}"]
-    curve = fitted.curve
-    if curve is None:
+def _size_data_json(found: SizeDataFit, points: Sequence[Point]) -> dict[str, object]:
+    """The same keys as other forms have."""
+    return {
+        "form": "size_data",
+        "formula": "E + A N^-alpha + B D^-beta",
+        "metric": points[0].metric if points else None,
+        "flop_convention": points[0].flop_convention if points else None,
+        "status": found.status,
+        "message": found.message,
+        "num_points": found.num_points,
+        "num_runs": found.num_runs,
+        "parameters": found.curve.to_json() if found.curve is not None else {},
+        "intervals": found.bootstrap.intervals if found.bootstrap is not None else {},
+        "objective": found.objective,
+        "fit": dataclasses.asdict(found),
+    }
+
+
+def _one_size(found: OneFit, frontier: Frontier) -> OneFit:
+    """Points of one known size are a learning curve, whatever form it follows."""
+    if found.fit.status != "ok" or len(frontier.sizes) != 1 or 0 in frontier.sizes:
+        return found
+    message = f"all points are of one model size ({frontier.sizes[0]:,}): its learning curve, not a law over sizes."
+    return dataclasses.replace(found, fit=dataclasses.replace(found.fit, status="one_size", message=message))
+
+
+def _as_text(found: OneFit, *, paper: bool) -> str:
+    fit, uncertainty = found.fit, found.uncertainty
+    status = f"{found.status}: {fit.message}" if fit.message else found.status
+    lines = [f"form         {FORMULAS[fit.form]}", f"status       {status}", f"points       {fit.num_points}"]
+    if fit.curve is None:
         return "\n".join(lines)
-
-    def interval(pair: tuple[float, float] | None, kind: str) -> str:
-        return f"   {kind} {pair[0]:.6g} .. {pair[1]:.6g}" if pair else ""
-
-    resampled = interval(uncertainty.intervals.get("exponent") if uncertainty else None, "bootstrap 95 %")
-    lines.append(f"exponent   {curve.exponent:.6g}{resampled}")
-    lines.append(f"constant   {curve.constant:.6g}{interval(fitted.constant_interval, 'profile 95 %')}")
-    lines.append(f"log10(a)   {curve.log10_coefficient:.6g}")
-    lines.append(f"R2         {fitted.r2_log:.6f} (log), {fitted.r2_linear:.6f} (linear)")
-    lines.append(
-        f"optimum    objective {fitted.objective:.6g}, {fitted.share_of_starts:.0%} of starts agree, "
-        f"condition number {fitted.condition_number or math.nan:.3g}"
-    )
-    if uncertainty is not None and uncertainty.status != "ok":
-        lines.append(f"intervals  {uncertainty.status}: {uncertainty.message}")
+    values = parameters(fit.curve)
+    if not paper:
+        values.pop("log10_k", None)
+    intervals = uncertainty.intervals if uncertainty else {}
+    confidence = f"{uncertainty.confidence:.0%}" if uncertainty else ""
+    for name, value in values.items():
+        interval = f"   {confidence} {intervals[name][0]:.6g} .. {intervals[name][1]:.6g}" if name in intervals else ""
+        if name == "constant" and fit.constant_interval is not None:
+            interval += f"   profile {fit.constant_interval[0]:.6g} .. {fit.constant_interval[1]:.6g}"
+        lines.append(f"{name.replace('_', ' '):<18} {value:.6g}{interval}")
+    lines += _certificate(found)
+    if uncertainty is not None:
+        how = f"{uncertainty.method} {uncertainty.num_runs} runs, {uncertainty.num_valid} rounds"
+        lines.append(
+            f"intervals    {how}" + (f"; {uncertainty.status}: {uncertainty.message}" if uncertainty.message else "")
+        )
     return "\n".join(lines)
+
+
+def _certificate(found: OneFit) -> list[str]:
+    fit = found.fit
+    condition = "singular" if fit.condition_number is None else f"{fit.condition_number:.3g}"
+    lines = [
+        f"R2           {fit.r2_log:.6f} (log), {fit.r2_linear:.6f} (linear)",
+        f"optimum      objective {fit.objective:.6g} (sum), {fit.share_of_starts:.0%} of starts agree, "
+        f"condition number {condition}",
+    ]
+    if fit.aicc is not None:
+        lines.append(f"AICc         {fit.aicc:.4g}")
+    return lines
