@@ -62,6 +62,7 @@ def show_report(folder: StudyFolder) -> None:
 
 def _run_missing(folder: StudyFolder, jobs: list[TrialJob], address: str | None) -> Summary:
     from cluster.launch import RayBackend
+    from cluster.tracking import write_page
 
     study = folder.study
     waiting = waiting_trials(jobs, folder)
@@ -72,6 +73,7 @@ def _run_missing(folder: StudyFolder, jobs: list[TrialJob], address: str | None)
     where = "on this machine" if address is None else f"at {address}"
     print(f"study {study.name}: {len(waiting)} of {len(jobs)} trials to train; starting Ray {where}", flush=True)
     with ExitStack() as stack:
+        write_page(folder)
         if study.tracking.mlflow:
             experiment = study.tracking.experiment or study.name
             sync = SyncProcess(folder.path, uri=study.tracking.uri, experiment=experiment)

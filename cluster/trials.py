@@ -100,7 +100,7 @@ def _make(
 ) -> Trial:  # fmt: skip
     source = f"study {study.name!r}, trial {name}"
     threads = None if study.resources.gpus else max(1, int(study.resources.cpus) // study.resources.num_processes)
-    tags = {"study": study.name, "size": label, "mlflow.runColor": colour}
+    tags = {"study": study.name, "size": label, "fitted": "yes" if fitted else "no", "mlflow.runColor": colour}
     forced = {
         "name": label if len(study.seeds) == 1 else f"{label} seed {seed}",
         "seed": seed,

@@ -15,9 +15,11 @@ import pytest
 import yaml
 
 from data_pipeline.errors import UserError
+from evaluation.report.mlflow_views import experiment_tags
 from trainer.tracking.follow import follow
+from trainer.tracking.mlflow_pages import experiment_pages
 from trainer.tracking.mlflow_store import Tracker, connect
-from trainer.tracking.mlflow_sync import saved_views, sync_folder, sync_law, sync_run, write_views
+from trainer.tracking.mlflow_sync import NOTE_TAG, sync_folder, sync_law, sync_run
 from trainer.tracking.points import LawRun, eval_points, flatten, load_law_runs, save_law_runs, train_points
 from trainer.tracking.records import EvalRecord, RecordWriter, TrainRecord
 from trainer.tracking.uri import redact
@@ -244,10 +246,23 @@ def test_a_study_folder_is_sent_whole_and_unchanged_parts_are_left_out(run: Path
     assert seen == marks
 
 
-def test_views_are_written_and_listed(tracker: Tracker, database: Path) -> None:
-    write_views(tracker, {"mlflow.sharedViewState.scaling": json.dumps({"name": "Scaling curves"})})
-    found = saved_views(f"sqlite:///{database}")
-    assert ("s", tracker.experiment_id, "scaling", "Scaling curves") in found
+def test_the_studys_page_arrives_with_the_ids_that_only_the_tracker_knows(
+    run: Path, tracker: Tracker, database: Path
+) -> None:
+    study = run.parent.parent
+    (study / "experiment.json").write_text(json.dumps(experiment_tags("s", ["nll/test"])))
+    seen: dict[Path, Any] = {}
+    sync_folder(study, tracker, seen)
+    law(study / "law", fit("law-1", "power", 0.1))
+    sync_folder(study, tracker, seen)
+    tags = tracker.client.get_experiment(tracker.experiment_id).tags
+    (report,) = tracker.find_runs({"kind": "report"})
+    assert f"#/experiments/{tracker.experiment_id}/runs/{report.info.run_id}/artifacts/report.html" in tags[NOTE_TAG]
+    assert f"#/experiments/{tracker.experiment_id}/runs?viewStateShareKey=scaling" in tags[NOTE_TAG]
+    (pages,) = experiment_pages(f"sqlite:///{database}", "s")
+    assert set(pages.views) == {"scaling", "training", "throughput", "fits"}
+    assert pages.report_run == report.info.run_id
+    assert {"points.csv", "law_runs.json"} <= set(pages.report_files)
 
 
 def test_two_first_uses_of_a_database_at_once(run: Path, tmp_path: Path) -> None:

@@ -24,15 +24,15 @@ from data_pipeline.files import write_json
 from trainer.tracking.follow import StopRequest, follow
 from trainer.tracking.mlflow_store import (
     RUN_ID_TAG,
-    MlflowClient,
     Tracker,
     connect,
     exclusive,
     file_mark,
-    search_experiments,
 )
 from trainer.tracking.points import (
+    EXPERIMENT_FILE,
     LAW_FILE,
+    NUM_PARAMS,
     TRAIN_COMPUTE,
     LawRun,
     Point,
@@ -63,7 +63,7 @@ from trainer.tracking.run_view import (
 from trainer.tracking.uri import default_uri, redact
 
 STUDY_TAG, KIND_TAG = "study", "kind"
-VIEW_TAG = "mlflow.sharedViewState."
+NOTE_TAG = "mlflow.note.content"
 _CONFIG = "config.yaml"
 
 
@@ -108,6 +108,8 @@ def sync_run(folder: Path, tracker: Tracker, *, tags: Mapping[str, str] | None =
             ended = last.time if last else (folder / "result.json").stat().st_mtime
             tracker.client.set_terminated(run_id, "FINISHED", int(ended * 1000))
             cursor.finished = True
+        if "num_params" in about and NUM_PARAMS not in run.data.metrics:  # the run table sorts sizes by it
+            tracker.send(run_id, [Point(NUM_PARAMS, float(about["num_params"]), 0, 0)])
         cursor.state = state
         write_json(path, asdict(cursor))
     return run_id
@@ -119,7 +121,7 @@ def _send_points(
     """Send new records and evaluations. Returns the last new training record."""
     records, place = read_new_train_records(folder, Place(*cursor.place))
     new = [record for record in records if record.nimg > cursor.train_nimg]
-    points: list[Point] = [point for record in new for point in train_points(record)]
+    points = [point for record in new for point in train_points(record)]
     for (key, nimg), group in eval_points(r for e in evaluations for r in e.records).items():
         if nimg not in cursor.evals.setdefault(key, []):
             points += group
@@ -169,28 +171,30 @@ def _send_law(law: LawRun, folder: Path, tracker: Tracker) -> str:
     for name, document in law.documents.items():
         tracker.client.log_dict(run_id, document, name)
     if law.carries_files:
-        files = [(path, None) for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith(".")]
-        tracker.upload(run_id, files, {})
+        tracker.upload(run_id, _law_files(folder), {})
     tracker.client.set_terminated(run_id, "FINISHED", int(law.time * 1000))
     return run_id
 
 
-def write_views(tracker: Tracker, tags: Mapping[str, str]) -> str:
-    """Write saved views and other tags of the experiment. Returns the experiment's id."""
+def _law_files(folder: Path) -> list[tuple[Path, str | None]]:
+    """The files of a `law` folder, with their folders among the artifacts."""
+    shown = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+    places = {path: path.parent.relative_to(folder).as_posix() for path in shown}
+    return [(path, None if place == "." else place) for path, place in places.items()]
+
+
+def sync_experiment(folder: Path, tracker: Tracker) -> None:
+    """Send the experiment's tags (`experiment.json`: saved views, a description) where they differ."""
+    tags: dict[str, str] = json.loads((folder / EXPERIMENT_FILE).read_text())
+    experiment_id = tracker.experiment_id
+    reports = tracker.find_runs({KIND_TAG: "report"})
+    ids = {"{experiment}": experiment_id, "{report}": reports[0].info.run_id if reports else ""}
+    there = tracker.client.get_experiment(experiment_id).tags
     for key, value in tags.items():
-        tracker.client.set_experiment_tag(tracker.experiment_id, key, value)
-    return tracker.experiment_id
-
-
-def saved_views(uri: str) -> list[tuple[str, str, str, str]]:
-    """The saved views of every experiment as (experiment, its id, key, name)."""
-    found = []
-    for experiment in search_experiments(MlflowClient(tracking_uri=uri)):
-        for tag, value in experiment.tags.items():
-            if tag.startswith(VIEW_TAG):
-                key = tag.removeprefix(VIEW_TAG)
-                found.append((experiment.name, str(experiment.experiment_id), key, json.loads(value)["name"]))
-    return found
+        for name, found in ids.items():
+            value = value.replace(name, found) if key == NOTE_TAG else value
+        if there.get(key) != value:
+            tracker.client.set_experiment_tag(experiment_id, key, value)
 
 
 def sync_folder(folder: Path, tracker: Tracker, seen: dict[Path, Any]) -> bool:
@@ -205,6 +209,11 @@ def sync_folder(folder: Path, tracker: Tracker, seen: dict[Path, Any]) -> bool:
     if (law / LAW_FILE).exists() and seen.get(law) != (state := file_mark(law / LAW_FILE)):
         sync_law(law, tracker)
         seen[law] = state
+    page = folder / EXPERIMENT_FILE
+    # Again after a fit: the description links to the report's run.
+    if page.exists() and seen.get(page) != (state := [file_mark(page), seen.get(law)]):
+        sync_experiment(folder, tracker)
+        seen[page] = state
     return bool(runs) and runs == [folder] and (folder / "result.json").exists()
 
 

@@ -24,11 +24,13 @@ from data_pipeline.files import write_json
 from trainer.tracking.records import EvalRecord, TrainRecord
 from trainer.tracking.uri import is_secret
 
+NUM_PARAMS = "num_params"
 TRAIN_COMPUTE = "train/compute"
 COMPUTE = "compute"
 STDERR = "_stderr"
 BY_COMPUTE = " by GFLOP"
 LAW_FILE = "law_runs.json"
+EXPERIMENT_FILE = "experiment.json"  # of a study: the tags of its experiment, saved views among them
 
 
 class Point(NamedTuple):
