@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 
 import numpy as np
@@ -107,17 +108,17 @@ def _predictions(law: Law) -> Iterator[Series]:
         return
     status = best.uncertainty.status if best.uncertainty is not None else "failed"
     doubt = "" if status == "ok" else f", {status}"
-    error = ([p.value - _end(p.low, p) for p in found], [_end(p.high, p) - p.value for p in found])
     factors = " and ".join(f"{p.factor:g}×" for p in found)
+    colour, form = form_colour(best.fit.form), best.fit.form
+    ends = [
+        (p.compute, end) for p in found if p.low is not None and p.high is not None for end in (p.low, p.high, math.nan)
+    ]
+    yield Series([x for x, _ in ends], [end for _, end in ends], colour, group=form, width=1.6)
     yield Series(
-        [p.compute for p in found], [p.value for p in found], form_colour(best.fit.form),
-        f"predicted at {factors} the compute (bars: interval{doubt})", group=best.fit.form, marker="diamond", size=6,
-        error=error, hover=[_prediction_hover(p, doubt) for p in found],
+        [p.compute for p in found], [p.value for p in found], colour,
+        f"predicted at {factors} the compute (bars: interval{doubt})", group=form, marker="diamond", size=6,
+        hover=[_prediction_hover(p, doubt) for p in found],
     )  # fmt: skip
-
-
-def _end(end: float | None, prediction: Prediction) -> float:
-    return prediction.value if end is None else end
 
 
 def _prediction_hover(prediction: Prediction, doubt: str) -> tuple[str, ...]:

@@ -16,7 +16,8 @@ from evaluation.report.law_chart import law_chart
 from evaluation.report.run_files import RunFiles, RunRecords, read_runs
 from evaluation.report.run_series import measured_points
 from evaluation.report.sample_grids import Strip, data_uri, draw_samples, sample_strips
-from evaluation.report.style import is_difference, law_title, size_label
+from evaluation.report.size_charts import SizeFindings, budget_table, isoflop_chart, size_data_chart, size_findings
+from evaluation.report.style import is_difference, law_title, size_label, status_label
 from evaluation.report.tables import (
     backtest_table,
     fits_table,
@@ -37,6 +38,10 @@ _CAPTIONS = {
     "anything to read it; click a name in the legend to hide or show it.",
     "curves": "The same values against the images seen: how far each size has come, and whether it still learns.",
     "gap": "Above zero the networks do better on the images they were trained on than on held-out ones.",
+    "isoflop": "A curve a budget of compute, between the sizes' learning curves; crosses mark the minima. Dotted: the "
+    "minimum lies beyond the sizes, or its curvature is not larger than its error.",
+    "size_data": "Dots were measured, lines are L(N, D) = E + A/N^α + B/D^β at each size. Every point is fitted, not "
+    "the frontier only.",
     "quartiles": "Means over each quarter of the timesteps, as under uniform t, in bins that are equal in log images.",
     "speed": "Medians over each run's logging intervals, with data, logging and checkpoints in them.",
     "samples": "The same noise for every picture; from left to right, as training goes on.",
@@ -60,8 +65,9 @@ def write_report(folder: Path, laws: Sequence[Law], runs: Sequence[RunFiles], *,
     """
     records = read_runs(sorted(runs, key=lambda run: (run.num_params, run.seed, run.name)))
     strips = sample_strips(records)
-    charts = dict(_charts(laws, records))
-    write_atomic(folder / "report.html", _html(title, laws, records, charts, strips))
+    sizes = next((found for law in laws[:1] if (found := size_findings(law)) is not None), None)
+    charts = dict(_charts(laws, records, sizes))
+    write_atomic(folder / "report.html", _html(title, laws, records, charts, strips, sizes))
     figures = {name: folder / f"{name}.png" for name in charts}
     for name, path in figures.items():
         figure = draw(charts[name])
@@ -79,7 +85,9 @@ def law_name(law: Law) -> str:
     return f"{law.metric}_{law.split}" if law.split else law.metric
 
 
-def _charts(laws: Sequence[Law], records: Sequence[RunRecords]) -> Iterator[tuple[str, Chart]]:
+def _charts(
+    laws: Sequence[Law], records: Sequence[RunRecords], sizes: SizeFindings | None
+) -> Iterator[tuple[str, Chart]]:
     """Every chart that has something to show, by name."""
     for law in laws:
         if not is_difference(law.metric):
@@ -87,15 +95,26 @@ def _charts(laws: Sequence[Law], records: Sequence[RunRecords]) -> Iterator[tupl
         curves = gap_chart(law) if is_difference(law.metric) else curves_chart(law)
         if curves is not None:
             yield f"{law_name(law)}_curves", curves
-    for name, chart in (("loss_by_timestep", quartiles_chart(records)), ("speed", speed_chart(records))):
-        if chart is not None:
-            yield name, chart
+    others = {
+        "isoflop": isoflop_chart(sizes) if sizes is not None else None,
+        "size_data": size_data_chart(sizes) if sizes is not None else None,
+        "loss_by_timestep": quartiles_chart(records),
+        "speed": speed_chart(records),
+    }
+    yield from ((name, chart) for name, chart in others.items() if chart is not None)
 
 
 def _html(
-    title: str, laws: Sequence[Law], records: Sequence[RunRecords], charts: dict[str, Chart], strips: Sequence[Strip]
+    title: str,
+    laws: Sequence[Law],
+    records: Sequence[RunRecords],
+    charts: dict[str, Chart],
+    strips: Sequence[Strip],
+    sizes: SizeFindings | None,
 ) -> str:
     sections = [(law_title(law.metric, law.split), _law_section(law, charts)) for law in laws]
+    if sizes is not None:
+        sections.insert(1, ("What size for a budget", _size_section(sizes, charts)))
     sections.append(("Training", _training_section(laws, records, charts)))
     if strips:
         sections.append(("Samples", _samples_section(strips)))
@@ -124,6 +143,17 @@ def _law_section(law: Law, charts: dict[str, Chart]) -> str:
             page.folded("Backtest: fitted below a cut, held against what came later", page.table(backtest_table(law))),
         ]
     )
+
+
+def _size_section(sizes: SizeFindings, charts: dict[str, Chart]) -> str:
+    """The answer by L(N, D) first, then what it and the parabolas rest on."""
+    doubt = sizes.size_data.message
+    parts = [page.paragraph(f"L(N, D) of {sizes.title}: {status_label(sizes.size_data.status)}. {doubt}".strip())]
+    parts.append(page.table(budget_table(sizes)))
+    for name in ("size_data", "isoflop"):
+        if name in charts:
+            parts.append(page.chart_figure(charts[name], _CAPTIONS[name]))
+    return "".join(parts)
 
 
 def gap_table(law: Law) -> Table:
