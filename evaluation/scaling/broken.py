@@ -123,10 +123,10 @@ class BrokenSolution:
 class BrokenRounds:
     """One fit a weighting."""
 
-    theta: Array  # [R, 4]
+    theta: Array  # [R, 4]; all fields are NaN for a weighting with fewer than MIN_COMPUTES different computes
     constant: Array  # [R]
     amplitude: Array  # [R] at t = 0
-    objective: Array  # [R]; NaN marks a weighting with fewer than MIN_COMPUTES different computes
+    objective: Array  # [R]
 
     def values(self, t: Array) -> Array:
         """The rounds' curves at t [m]: [R, m]."""
@@ -190,17 +190,24 @@ def solve_broken_rounds(
 
 
 def _solve_block(t: Array, y: Array, weights: Array, basins: Array, bounds: Array, with_constant: bool) -> BrokenRounds:
-    data, rest = merge(t, y, weights, with_constant=with_constant, bins=_BINS)
-    ends = [descend(np.repeat(basin[None], len(weights), axis=0), data, bounds) for basin in basins]
+    merged, rest = merge(t, y, weights, with_constant=with_constant, bins=_BINS)
+    rows = np.flatnonzero((merged.weights > 0).sum(axis=1) >= MIN_COMPUTES)
+    data = merged.rows(rows)
+    ends = [descend(np.repeat(basin[None], len(rows), axis=0), data, bounds) for basin in basins]
     states = [linear(end, data) for end in ends]
     best = np.argmin([s.objective for s in states], axis=0)
 
     def pick(choices: list[Array]) -> Array:
-        return np.asarray(np.stack(choices)[best, np.arange(len(best))])
+        chosen = np.full((len(weights), *choices[0].shape[1:]), np.nan)
+        chosen[rows] = np.stack(choices)[best, np.arange(len(rows))]
+        return chosen
 
-    objective = pick([s.objective for s in states]) + rest
-    objective[(data.weights > 0).sum(axis=1) < MIN_COMPUTES] = np.nan
-    return BrokenRounds(pick(ends), pick([s.constant for s in states]), pick([s.amplitude for s in states]), objective)
+    return BrokenRounds(
+        pick(ends),
+        pick([s.constant for s in states]),
+        pick([s.amplitude for s in states]),
+        pick([s.objective for s in states]) + rest,
+    )
 
 
 def _bounds(t: Array) -> Array:
