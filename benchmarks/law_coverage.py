@@ -5,8 +5,8 @@
 The design is that of the points given: sizes, computes and learning curves, smoothed along each size. New runs scatter
 about those curves with the spread that the study itself shows, between seeds and along a run. Each simulated study goes
 the whole way: seeds averaged, frontier selected, laws fitted, intervals made. The truth is what the same way gives for
-the smooth curves, as if every size had been trained infinitely often. An interval that its law calls `uncalibrated`,
-or a constant called `unidentified`, is counted apart.
+the smooth curves, as if every size had been trained infinitely often. `interval_ok` is the share of intervals that
+their law does not itself call uncalibrated.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from evaluation.scaling.points import Point, columns
 from evaluation.scaling.rounds import Question
 from evaluation.scaling.seeds import average_seeds
 from evaluation.scaling.sources import Selection, read_points
-from evaluation.scaling.spread import Spread, smoothed, spread_of_curves
+from evaluation.scaling.spread import smoothed, spread_of_curves
 
 FORMS: tuple[Form, ...] = ("power", "power_constant")
 NAMES = {"power": ("exponent", "amplitude"), "power_constant": ("exponent", "constant", "amplitude")}
@@ -147,8 +147,11 @@ def coverage(
 ) -> list[dict[str, object]]:
     """One line a form and parameter."""
     tasks = [(design, num_seeds, number, settings) for number in range(num_studies)]
-    with ProcessPoolExecutor(workers) as pool:
-        rows = [row for found in pool.map(study_rows, *zip(*tasks, strict=True), chunksize=8) for row in found]
+    if workers == 1:
+        rows = [row for task in tasks for row in study_rows(*task)]
+    else:
+        with ProcessPoolExecutor(workers) as pool:
+            rows = [row for found in pool.map(study_rows, *zip(*tasks, strict=True), chunksize=8) for row in found]
     lines: list[dict[str, object]] = []
     for form, name in dict.fromkeys((r.form, r.parameter) for r in rows):
         own = [r for r in rows if (r.form, r.parameter) == (form, name)]
@@ -177,12 +180,9 @@ def main() -> None:
     a = parser.parse_args()
     design = design_of(read_points(str(a.points), selection=Selection(a.metric, a.split)))
     print(f"spread between seeds {design.between:.2%}, along a run {design.within:.2%} (standard deviations)")
-    ways = [(1, None), (1, design.between), (2, None), (3, None), (5, None)]
     lines = []
-    for num_seeds, given in ways:
-        settings = Settings(num_rounds=a.rounds, run_spread=given)
-        for line in coverage(design, num_seeds, a.studies, settings, os.cpu_count() or 1):
-            line["run_spread"] = "given" if given is not None else "fitted"
+    for num_seeds in (1, 2, 3, 5):
+        for line in coverage(design, num_seeds, a.studies, Settings(num_rounds=a.rounds), os.cpu_count() or 1):
             lines.append(line)
             print(json.dumps(line))
     if a.json:

@@ -58,7 +58,7 @@ Status = Literal[
 ]
 # The constant counts as unknown where its interval covers this share of what is possible.
 UNIDENTIFIED_WIDTH = 0.5
-_BREAK_LEVEL = 0.999  # quantile of F; chance exceeds it more often than that, since the break is searched for
+_BREAK_LEVEL = 0.999  # quantile of F; on unbroken laws its levels were found to hold (broken.py)
 _BELOW_MIN = 1 - 1e-9  # c < min y
 
 
@@ -236,8 +236,8 @@ def _fit_broken(columns: Columns) -> Fit:
     message = ""
     if solution.f_statistic(len(x)) < special.fdtri(3, dof, _BREAK_LEVEL):
         status, message = "no_break", "the law without a break fits about as well."
-    elif solution.at_bound:
-        status, message = "unidentified", f"at the end of its range: {', '.join(solution.at_bound)}."
+    elif stuck := [name for name in solution.at_bound if name != "constant"]:  # no constant is as good as any
+        status, message = "unidentified", f"at the end of its range: {', '.join(stuck)}."
     return Fit(
         "broken", status, message, len(x), curve, None, solution.objective,
         solution.objective / dof if columns.stderr is not None else None,

@@ -68,8 +68,8 @@ def fit_one(
     fitted = fit(c, form, constant=known, confidence=settings.confidence)
     if form == "power" and fitted.curve is not None:  # is it straight at all?
         fitted = compare([fitted, fit(c, "power_constant", confidence=settings.confidence)])[0]
-    if fitted.curve is None or settings.num_rounds == 0:
-        return OneFit(fitted, None)
+    if fitted.curve is None or fitted.status == "no_break" or settings.num_rounds == 0:
+        return OneFit(fitted, None)  # the place of a break that is not there has no interval
     low, high = frontier.points[0].compute, frontier.points[-1].compute
     band = np.geomspace(low, high * BAND_BEYOND, BAND_POINTS)
     question = Question(form, known or 0.0, fitted.curve.reference_compute, high, band, tuple(factors))

@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,12 +17,9 @@ from evaluation.scaling.bootstrap import Settings
 from evaluation.scaling.frontier import find_frontier, slopes_by_run, slopes_by_size
 from evaluation.scaling.holdout import hold_out
 from evaluation.scaling.law import Law, fit_law
-from evaluation.scaling.points import Point, points_from_records, write_csv
+from evaluation.scaling.points import Point, columns, points_from_records, write_csv
 from evaluation.scaling.sources import ColumnNames, read_csv
-from evaluation.scaling.uncertainty import Uncertainty
 from trainer.tracking.records import EvalRecord
-
-ROOT = Path(__file__).parents[2]
 
 
 def power_study(num_runs: int = 10, *, noise: float = 0.0, seed: int = 0) -> list[Point]:
@@ -53,12 +48,12 @@ def test_any_csv_can_be_read(tmp_path: Path) -> None:
         (1e18, 30.0, 0.5, "a", "fid"),
         (2e18, 20.0, None, "b", "fid"),
     ]
-    for columns, message in (
+    for names, message in (
         (ColumnNames("gflops", "fid"), "no column 'gflops'"),
         (ColumnNames(), "no column 'compute'"),
     ):
         with pytest.raises(DataError, match=message):
-            read_csv(path, columns)
+            read_csv(path, names)
     path.write_text("compute,value\n1e18,thirty\n")
     with pytest.raises(DataError, match="line 2: value = 'thirty' is not a number"):
         read_csv(path)
@@ -132,50 +127,35 @@ def test_slopes() -> None:
     assert single.stderr is None
 
 
-def test_bootstrap_without_noise_is_the_truth() -> None:
-    law = fit_law(power_study(), settings=Settings(num_rounds=200))
-    found = law.of("power").uncertainty
-    assert isinstance(found, Uncertainty)
-    assert found.status == "ok"
-    assert found.intervals["exponent"] == pytest.approx((0.1, 0.1), rel=1e-9)
-
-
-def test_bootstrap_resamples_runs_and_not_points() -> None:
-    """Each run shifted as a whole: the interval must show the spread between runs, however many points they have."""
-    points = [
-        dataclasses.replace(p, compute=p.compute * (1 + 1e-6 * k), value=p.value * (1 + 1e-9 * k))
-        for p in power_study(12, noise=0.02, seed=1)
-        for k in range(20)
-    ]
-    kwargs = {"reference_compute": 1e16, "band_compute": np.array([1e16]), "frontier": False, "num_rounds": 400}
-    by_run = bootstrap(points, "power", **kwargs)  # type: ignore[arg-type]
-    alone = [dataclasses.replace(p, run=str(i)) for i, p in enumerate(points)]
-    by_point = bootstrap(alone, "power", **kwargs)  # type: ignore[arg-type]
-    assert np.ptp(by_run.intervals["exponent"]) > 3 * np.ptp(by_point.intervals["exponent"])
-
-
-def test_bootstrap_of_one_round_equals_a_fit_of_the_drawn_runs() -> None:
-    """The frontier is selected again inside the loop: checked against the plain route for one resample."""
-    points, seed = study(num_seeds=3), 5
-    candidates = list(find_frontier(points).candidates)
-    found = bootstrap(
-        candidates, "power", reference_compute=1e12, band_compute=np.array([1e12]), num_rounds=1, seed=seed
-    )
-    names = list(dict.fromkeys(p.run for p in candidates))
-    drawn = np.random.default_rng(seed).multinomial(len(names), np.full(len(names), 1 / len(names)))
-    count = dict(zip(names, drawn, strict=True))
-    chosen = find_frontier([p for p in candidates if count[p.run]]).points
-    x, y = np.log([p.compute for p in chosen]), np.log([p.value for p in chosen])
-    weight = np.array([count[p.run] for p in chosen]) * np.exp(2 * y)  # equal standard errors of the values
-    slope = np.polyfit(x, y, 1, w=np.sqrt(weight))[0]
-    assert found.intervals["exponent"] == pytest.approx((-slope, -slope), rel=1e-9)
-
-
-def test_few_runs_are_not_trusted() -> None:
+def test_single_seeds_are_not_trusted() -> None:
     law = fit_law(study(), settings=Settings(num_rounds=100))
-    assert law.of("power").uncertainty is not None
-    assert law.of("power").uncertainty.status == "uncalibrated"
-    assert any("4 runs" in note for note in law.notes)
+    for law_fit in law.fits[:2]:
+        assert law_fit.uncertainty is not None
+        assert law_fit.uncertainty.status == "uncalibrated"
+        assert law_fit.uncertainty.intervals["exponent"]
+    assert law.of("power_constant").fit.status == "ok"
+    assert law.of("power_constant").status == "uncalibrated"
+    assert any("Train several seeds a size" in note for note in law.notes)
+
+
+def test_seeds_are_one_curve() -> None:
+    """The frontier is that of the mean, not of the luckiest seed."""
+    points = [
+        point(compute, value, run=f"{size}-{seed}", num_params=size, seed=seed)
+        for size, level in ((1, 5.0), (2, 6.0))
+        for seed, luck in ((0, -0.4), (1, 0.4))
+        for compute in (1.0, 2.0, 4.0)
+        for value in [level + luck - 0.1 * compute]
+    ]
+    frontier = find_frontier(points)
+    assert [(p.compute, p.value) for p in frontier.points] == [(x, pytest.approx(5 - 0.1 * x)) for x in (1.0, 2.0, 4.0)]
+    assert len(frontier.admitted) == 12
+    assert len(frontier.candidates) == 6
+    assert len(columns(frontier.candidates).runs) == 2
+    reasons = {e.reason for e in frontier.exclusions}
+    assert reasons == {"run mean of 2 seeds, 1 parameters does better there"}
+    alike = [dataclasses.replace(p, seed=0) for p in points]  # runs that differ in something else are not averaged
+    assert find_frontier(alike).points == find_frontier([p for p in alike if p.run == "1-0"]).points
 
 
 def test_hold_out_uses_nothing_above_the_cut() -> None:
@@ -218,7 +198,7 @@ def test_one_size_is_a_learning_curve() -> None:
     points = [p for p in study() if p.num_params == 420_000]
     law = fit_law(points, settings=Settings(num_rounds=50))
     assert not law.has_fit
-    assert {f.fit.status for f in law.fits} == {"one_size"}
+    assert {law.of(form).fit.status for form in ("power", "power_constant")} == {"one_size"}
     assert law.of("power").hold_out.mean_relative_error is None
     assert law.size_slopes[0].slope is not None
 
@@ -253,29 +233,3 @@ def test_law_json_and_report() -> None:
     for p in law.frontier.candidates:
         assert p.run in report
     assert max(len(line) for line in report.splitlines() if line.startswith("  *")) < 140
-
-
-def command(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "evaluation.scaling", *arguments], capture_output=True, text=True, cwd=ROOT, check=False
-    )
-
-
-def test_fit_command(tmp_path: Path) -> None:
-    path = tmp_path / "points.csv"
-    compute = np.geomspace(1e15, 1e19, 12)
-    rows = [f"{x!r},{3 + 4 * (x / 1e15) ** -0.4!r},m{i % 9}" for i, x in enumerate(compute.tolist())]
-    path.write_text("\n".join(["flops,loss,model", *rows]))
-    names = ["fit", str(path), "--x", "flops", "--y", "loss", "--group", "model", "--rounds", "50"]
-    found = json.loads(command(*names, "--form", "power_constant", "--json").stdout)
-    assert found["fit"]["status"] == "ok"
-    assert found["fit"]["curve"]["constant"] == pytest.approx(3, abs=1e-6)
-    assert found["uncertainty"]["intervals"]["exponent"] == pytest.approx([0.4, 0.4], rel=1e-6)
-    fixed = json.loads(command(*names, "--constant", "3", "--json").stdout)
-    assert fixed["fit"]["curve"]["exponent"] == pytest.approx(0.4, rel=1e-9)
-    assert "exponent   0.4" in command(*names, "--constant", "profile").stdout
-    for wrong, message in ((["--constant", "x"], "neither a number"), (["--x", "gflops"], "no column 'gflops'")):
-        failed = command(*names, *wrong)
-        assert failed.returncode == 2
-        assert message in failed.stderr
-        assert "Traceback" not in failed.stderr
