@@ -12,8 +12,9 @@ from pathlib import Path
 from cluster.folder import StudyFolder
 from cluster.plan import flops, format_table
 from data_pipeline.files import write_atomic, write_json
-from evaluation.report.figures import draw_law, save_figure
+from evaluation.report import study_report
 from evaluation.report.law_runs import curve_name, law_runs
+from evaluation.report.run_files import RunFiles
 from evaluation.report.style import is_fitted, metric_label, size_label, split_label
 from evaluation.report.tables import fits_table, law_report
 from evaluation.scaling.law import Law, fit_law
@@ -42,14 +43,14 @@ def write_report(folder: StudyFolder) -> Report:
     folder.law.mkdir(parents=True, exist_ok=True)
     write_csv(folder.law / "points.csv", points)
     laws = [fit_law(group) for group in _groups(points) if is_fitted(group[0].metric)]
-    figures = [_draw(folder, law) for law in laws]
     text = "\n\n".join([trials_table(folder, records), *(_law_text(law, main=i == 0) for i, law in enumerate(laws))])
     quality = _quality_text([record for group in records.values() for record in group])
     text += f"\n\n{quality}" if quality else ""
     full = "\n\n\n".join([trials_table(folder, records), *(law_report(law) for law in laws), quality])
     write_atomic(folder.law / "report.txt", full + "\n")
     _write_laws(folder, laws)
-    drawn = [figure for figure in figures if figure is not None]
+    written = study_report.write_report(folder.law, laws, _run_files(folder), title=folder.study.name)
+    drawn = [written.figures[name] for law in laws if (name := study_report.law_name(law)) in written.figures]
     return Report(text, drawn[0] if drawn else None, tuple(curve_name(law) for law in laws if law.metric != GAP))
 
 
@@ -99,13 +100,11 @@ def _order(kind: tuple[str, str]) -> tuple[int, str, str]:
     return rank.get(kind, 2), *kind
 
 
-def _draw(folder: StudyFolder, law: Law) -> Path | None:
-    if law.metric == GAP or not law.frontier.candidates:
-        return None
-    path = folder.law / f"{curve_name(law).replace('/', '_')}.png"
-    where = f", {split_label(law.split)}" if law.split else ""
-    save_figure(draw_law(law, title=f"{folder.study.name}: {metric_label(law.metric)}{where}"), path)
-    return path
+def _run_files(folder: StudyFolder) -> list[RunFiles]:
+    return [
+        RunFiles(name, folder.run_folder(name), trial.cost.num_params, trial.seed)
+        for name, trial in folder.trials.items()
+    ]
 
 
 def _law_text(law: Law, *, main: bool) -> str:

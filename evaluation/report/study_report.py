@@ -66,7 +66,7 @@ def write_report(folder: Path, laws: Sequence[Law], runs: Sequence[RunFiles], *,
     records = read_runs(sorted(runs, key=lambda run: (run.num_params, run.seed, run.name)))
     strips = sample_strips(records)
     sizes = next((found for law in laws[:1] if (found := size_findings(law)) is not None), None)
-    charts = dict(_charts(laws, records, sizes))
+    charts = dict(_charts(laws, records, sizes, study=title))
     write_atomic(folder / "report.html", _html(title, laws, records, charts, strips, sizes))
     figures = {name: folder / f"{name}.png" for name in charts}
     for name, path in figures.items():
@@ -86,12 +86,12 @@ def law_name(law: Law) -> str:
 
 
 def _charts(
-    laws: Sequence[Law], records: Sequence[RunRecords], sizes: SizeFindings | None
+    laws: Sequence[Law], records: Sequence[RunRecords], sizes: SizeFindings | None, *, study: str
 ) -> Iterator[tuple[str, Chart]]:
     """Every chart that has something to show, by name."""
     for law in laws:
         if not is_difference(law.metric):
-            yield law_name(law), law_chart(law)
+            yield law_name(law), law_chart(law, title=f"{study}: {law_title(law.metric, law.split)}")
         curves = gap_chart(law) if is_difference(law.metric) else curves_chart(law)
         if curves is not None:
             yield f"{law_name(law)}_curves", curves

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from evaluation.report.law_numbers import parameters
-from evaluation.report.style import form_label, law_title, metric_label, size_label, status_label
+from evaluation.report.style import form_label, metric_label, size_label, split_label, status_label
 from evaluation.report.text_table import INDENT, Table
 from evaluation.scaling.law import Law, LawFit
 from evaluation.scaling.points import Point
@@ -14,8 +14,9 @@ from trainer.tracking.records import EvalRecord
 
 def law_report(law: Law) -> str:
     """Everything about one metric's law: points, slopes, fits, their tests, and what it means."""
+    where = f" on {split_label(law.split)}" if law.split else ""
     parts = [
-        f"{law_title(law.metric, law.split)}, against training compute ({law.flop_convention})",
+        f"{metric_label(law.metric)}{where} against training compute ({law.flop_convention})",
         points_table(law),
         slopes_table(law),
         fits_table(law),
