@@ -18,6 +18,7 @@ import urllib.request
 import webbrowser
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from cluster.tracking import UI_PORT, page_lines, server_address, server_command
 from data_pipeline.errors import UserError, run_cli
@@ -48,7 +49,9 @@ def main() -> int:
             code = process.wait()
         except KeyboardInterrupt:
             return 0
-    raise UserError(f"the MLflow server ended by itself (exit code {code}); its own messages stand above.")
+    raise UserError(
+        f"the MLflow server ended by itself (exit code {code}); mlflow-server.log beside the database says why."
+    )
 
 
 def show(uri: str, server: str, *, browser: bool) -> None:
@@ -77,9 +80,13 @@ def serving(uri: str, port: int) -> Iterator[subprocess.Popen[bytes]]:
         raise UserError(f"there is nothing to show yet: {database} does not exist. Run a study first (`make study`).")
     _check_free(port)
     environment = {"MLFLOW_DISABLE_TELEMETRY": "true"} | os.environ
-    process = subprocess.Popen(server_command(uri, port), env=environment, start_new_session=True)
+    log = database.with_name("mlflow-server.log")  # it says much, and the addresses should stay on the screen
+    with open(log, "wb") as output:
+        process = subprocess.Popen(
+            server_command(uri, port), env=environment, stdout=output, stderr=output, start_new_session=True
+        )
     try:
-        _wait_until_it_answers(process, port)
+        _wait_until_it_answers(process, port, log)
         yield process
     finally:
         _end(process)
@@ -90,7 +97,7 @@ def has_display() -> bool:
     return sys.platform == "darwin" or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 
-def _wait_until_it_answers(process: subprocess.Popen[bytes], port: int) -> None:
+def _wait_until_it_answers(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
     deadline = time.monotonic() + _START_SECONDS
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback is not for a proxy
     while time.monotonic() < deadline:
@@ -103,7 +110,7 @@ def _wait_until_it_answers(process: subprocess.Popen[bytes], port: int) -> None:
                 return
         except (OSError, urllib.error.URLError):
             time.sleep(0.2)
-    raise UserError(f"the MLflow server does not answer on port {port} after {_START_SECONDS:.0f} s.")
+    raise UserError(f"the MLflow server does not answer on port {port} after {_START_SECONDS:.0f} s; see {log}.")
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from evaluation.scaling.law import Law, LawFit, plain_json
 from trainer.tracking.points import LawRun
 
-CURVE_POINTS = 100
+CURVE_POINTS = 40  # drawn as dots: enough for a smooth bend, few enough to look unlike a trial
 CURVE_BEYOND = 3.0  # the fitted curve goes this factor beyond the largest compute
 FORMULAS = {"power": "a C^-b", "power_constant": "c + a C^-b", "broken": "broken power"}
 _COLORS = {"power": "#2c3e50", "power_constant": "#c0392b", "broken": "#8e44ad"}

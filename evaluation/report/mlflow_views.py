@@ -130,9 +130,7 @@ def _scaling_view(metrics: Sequence[str]) -> SavedView:
     A metric's copy by compute is drawn, because only steps have a logarithmic axis (see trainer/tracking/points.py).
     """
     sections = [
-        Section(
-            f"{_label(metric)} against training compute (steps: GFLOP)", [Chart(metric + BY_COMPUTE, markers=True)], 1
-        )
+        Section(f"{_label(metric)}; x: GFLOP", [Chart(metric + BY_COMPUTE, markers=True)], num_columns=1)
         for metric in metrics
     ]
     over_images = [Chart(metric, markers=True) for metric in metrics]
@@ -180,11 +178,12 @@ def _throughput_view() -> SavedView:
 
 def _fits_view() -> SavedView:
     """A table: a row a fit, a column a number."""
+    # The UI orders metrics by name and puts tags behind them: what is not needed at first sight is left to its menu.
     numbers = (
-        "exponent", "exponent_low", "exponent_high", "constant", "constant_profile_low", "constant_profile_high",
-        "r2_log", "held_out_error", "num_points", "objective", "share_of_starts", "condition_number",
+        "constant", "constant_low", "constant_high", "exponent", "exponent_low", "exponent_high", "held_out_error",
+        "num_points", "r2_log",
     )  # fmt: skip
-    columns = ["tags.`status`", "tags.`best`", *(f"metrics.`{name}`" for name in numbers)]
+    columns = [*(f"metrics.`{name}`" for name in numbers), "tags.`status`", "tags.`best`"]
     about = "a row a fit: parameters with intervals, quality, certificate"
     return SavedView("fits", "Fits", about, (), "tags.kind = 'law'", columns, "attributes.run_name")
 

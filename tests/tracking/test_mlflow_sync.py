@@ -13,39 +13,17 @@ from typing import Any
 
 import pytest
 import yaml
+from tracking_records import FLOPS, eval_record, write_eval, write_records
 
 from data_pipeline.errors import UserError
 from evaluation.report.mlflow_views import experiment_tags
 from trainer.tracking.follow import follow
 from trainer.tracking.mlflow_pages import experiment_pages
-from trainer.tracking.mlflow_store import Tracker, connect
+from trainer.tracking.mlflow_store import Tracker, connect, search_runs
 from trainer.tracking.mlflow_sync import NOTE_TAG, sync_folder, sync_law, sync_run
 from trainer.tracking.points import LawRun, eval_points, flatten, load_law_runs, save_law_runs, train_points
-from trainer.tracking.records import EvalRecord, RecordWriter, TrainRecord
+from trainer.tracking.records import EvalRecord, Place, TrainRecord, read_new_train_records
 from trainer.tracking.uri import redact
-
-FLOPS = 2.0e8  # training FLOPs of one image
-
-
-def write_records(folder: Path, start: int, steps: range, *, time: float, loss: float = 1.0) -> None:
-    writer = RecordWriter(folder, start)
-    for nimg in steps:
-        writer.write(TrainRecord(nimg, nimg * FLOPS, time + nimg, {"train/loss": loss / nimg}))
-    writer.close()
-
-
-def eval_record(nimg: int, split: str = "test", *, time: float = 500.0, value: float = 5.0) -> EvalRecord:
-    return EvalRecord(
-        metric="nll", split=split, value=value + 100 / nimg, stderr=0.03, n=2048, seeds=[0], measured={}, data="d",
-        weights="w", run="r", nimg=nimg, compute=nimg * FLOPS, num_params=10, flops_per_image=FLOPS, seed=0,
-        time=time + nimg,
-    )  # fmt: skip
-
-
-def write_eval(folder: Path, *records: EvalRecord, key: str = "k") -> None:
-    path = folder / "evals" / f"{records[0].nimg:012d}" / f"{key}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"records": [r.to_json() for r in records], "spec": {}}))
 
 
 @pytest.fixture
@@ -60,27 +38,6 @@ def run(tmp_path: Path) -> Path:
     for nimg in (200, 1000):
         write_eval(folder, eval_record(nimg), eval_record(nimg, "train"))
     return folder
-
-
-@pytest.fixture(scope="session")
-def empty_store(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database with its tables, made once: that takes seconds."""
-    path = tmp_path_factory.mktemp("mlflow") / "mlflow.db"
-    Tracker(f"sqlite:///{path}", "warm-up")
-    return path
-
-
-@pytest.fixture
-def database(tmp_path: Path, empty_store: Path) -> Path:
-    path = tmp_path / "store" / "mlflow.db"
-    path.parent.mkdir()
-    path.write_bytes(empty_store.read_bytes())
-    return path
-
-
-@pytest.fixture
-def tracker(database: Path) -> Tracker:
-    return Tracker(f"sqlite:///{database}", "s")
 
 
 def rows(database: Path) -> list[tuple[str, int, float]]:
@@ -366,3 +323,89 @@ def test_an_evaluations_pictures_and_the_table_arrive(run: Path, tracker: Tracke
     assert sorted(item.path for item in there) == ["evals/000000001000", "evals/metrics.txt"]
     (picture,) = tracker.client.list_artifacts(run_id, "evals/000000001000/nll test abc")
     assert picture.path.endswith("nll_per_t.png")
+
+
+def test_data_sets_are_inputs_of_the_run_once(run: Path, tracker: Tracker) -> None:
+    config = {"model": {"image_size": 32}, "data": {"train": "s3://key:secret99@bucket/cifar/train?sig=secret99"}}
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    about = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(about | {"data_fingerprint": "f" * 64}))
+    for nimg, key in ((400, "a"), (1000, "k")):
+        write_eval(run, eval_record(nimg), key=key)
+        path = run / "evals" / f"{nimg:012d}" / f"{key}.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"spec": {"data": "data/cifar/test"}}))
+    for lost in (False, True):
+        if lost:
+            (run / tracker.cursor_name).unlink()
+        run_id = str(sync_run(run, tracker))
+        inputs = tracker.client.get_run(run_id).inputs.dataset_inputs
+        found = {(i.dataset.name, i.dataset.digest, i.dataset.source_type, i.tags[0].value) for i in inputs}
+        assert found == {("cifar/train", "f" * 32, "s3", "train"), ("cifar/test", "d", "local", "eval")}
+        assert len(inputs) == 2
+        assert not any("secret99" in json.dumps(i.to_dictionary()) for i in inputs)
+    assert tracker.client.get_run(run_id).data.params["data.train"] == "s3://bucket/cifar/train"
+
+
+def test_the_config_that_is_uploaded_names_no_credentials(run: Path, tracker: Tracker, tmp_path: Path) -> None:
+    run_id = str(sync_run(run, tracker))
+    text = Path(tracker.client.download_artifacts(run_id, "config.yaml", str(tmp_path))).read_text()
+    assert yaml.safe_load(text) == {"model": {"channels": 8, "mult": [1, 2]}, "tracking": {}}
+
+
+def test_only_new_bytes_are_read(run: Path) -> None:
+    records, place = read_new_train_records(run, Place())
+    assert [record.nimg for record in records] == list(range(100, 1100, 100))
+    path = run / "metrics.0.jsonl"
+    line = json.dumps(dataclasses.asdict(dataclasses.replace(records[-1], nimg=1100)))
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(line)  # still being written
+    assert read_new_train_records(run, place) == ([], place)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("\n")
+    more, behind = read_new_train_records(run, place)
+    assert ([record.nimg for record in more], behind.offset) == ([1100], path.stat().st_size)
+    path.write_text("x" * 100 + path.read_text()[100:])  # what was read before is not looked at again
+    assert read_new_train_records(run, behind) == ([], behind)
+
+
+@pytest.mark.parametrize("start", [0, 500])
+def test_a_segment_that_was_begun_anew_is_read_from_its_start(run: Path, start: int) -> None:
+    _, place = read_new_train_records(run, Place())
+    write_records(run, start, range(start + 100, start + 2100, 100), time=9000.0, loss=2.0)
+    records, behind = read_new_train_records(run, place)
+    assert [record.nimg for record in records][-20:] == list(range(start + 100, start + 2100, 100))
+    assert behind.segment == start
+    assert read_new_train_records(run, behind) == ([], behind)
+
+
+def test_runs_are_found_over_all_pages(tracker: Tracker, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("trainer.tracking.mlflow_store._MAX_RUNS", 2)
+    names = {f"it's run {number}" for number in range(5)}
+    for name in names:
+        tracker.open_run(name, name, None)
+    assert {run.info.run_name for run in search_runs(tracker.client, tracker.experiment_id)} == names
+    assert tracker.open_run("it's run 3", "again", None).info.run_name == "it's run 3"
+
+
+def test_files_of_the_law_that_come_later_are_sent_too_and_the_others_not_again(
+    run: Path, tracker: Tracker, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    study = run.parent.parent
+    law(study / "law", fit("law-1", "power", 0.1))
+    seen: dict[Path, Any] = {}
+    sync_folder(study, tracker, seen)
+    (study / "law" / "figures").mkdir()
+    (study / "law" / "figures" / "a.png").write_bytes(b"png")
+    (study / "law" / "report.html").write_text("<p>")
+    uploads: list[tuple[str, str | None]] = []
+    original = tracker.client.log_artifact
+
+    def log_artifact(run_id: str, path: str, folder: str | None = None) -> None:
+        uploads.append((Path(path).name, folder))
+        original(run_id, path, folder)
+
+    monkeypatch.setattr(tracker.client, "log_artifact", log_artifact)
+    sync_folder(study, tracker, seen)
+    assert sorted(uploads) == [("a.png", "figures"), ("report.html", None)]
+    sync_folder(study, tracker, {})
+    assert len(uploads) == 2

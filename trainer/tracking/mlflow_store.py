@@ -141,6 +141,17 @@ def connect(uri: str | None, experiment: str, *, attempts: int = 3) -> Tracker:
     raise AssertionError("unreachable")
 
 
+@contextlib.contextmanager
+def require_answer(uri: str, kind: type[UserError] = UserError) -> Iterator[None]:
+    """What the store or the network say in this block becomes an error that names the address, without credentials."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        raise kind(f"MLflow at {redact(uri)} does not answer: {redact(str(error), uri)[:300]}.") from None
+
+
 def search_runs(client: MlflowClient, experiment_id: str, query: str = "") -> Iterator[Run]:
     """All active runs of an experiment that a query finds, page by page."""
     token: str | None = None

@@ -167,12 +167,18 @@ def _send_law(law: LawRun, folder: Path, tracker: Tracker) -> str:
     run = tracker.open_run(law.id, law.name, law.time)
     run_id = str(run.info.run_id)
     tracker.describe(run, law.params, law.tags | {RUN_ID_TAG: law.id, STUDY_TAG: law.study})
-    tracker.send(run_id, law_points(law))
-    for name, document in law.documents.items():
-        tracker.client.log_dict(run_id, document, name)
+    if run.info.status != "FINISHED":  # else all is there: the id is made from the content
+        tracker.send(run_id, law_points(law))
+        for name, document in law.documents.items():
+            tracker.client.log_dict(run_id, document, name)
+        tracker.client.set_terminated(run_id, "FINISHED", int(law.time * 1000))
     if law.carries_files:
-        tracker.upload(run_id, _law_files(folder), {})
-    tracker.client.set_terminated(run_id, "FINISHED", int(law.time * 1000))
+        path = folder / tracker.cursor_name
+        cursor = _read_cursor(path)
+        if cursor is None or cursor.run != run_id:
+            cursor = Cursor(run_id)
+        tracker.upload(run_id, _law_files(folder), cursor.files)
+        write_json(path, asdict(cursor))
     return run_id
 
 
@@ -206,14 +212,18 @@ def sync_folder(folder: Path, tracker: Tracker, seen: dict[Path, Any]) -> bool:
             sync_run(run, tracker, tags={"trial": run.name} if study else None)
             seen[run] = state
     law = folder / "law"
-    if (law / LAW_FILE).exists() and seen.get(law) != (state := file_mark(law / LAW_FILE)):
-        sync_law(law, tracker)
-        seen[law] = state
+    if (law / LAW_FILE).exists():
+        state = [[str(path), *file_mark(path)] for path, _ in _law_files(law)]
+        if seen.get(law) != state:
+            sync_law(law, tracker)
+            seen[law] = state
     page = folder / EXPERIMENT_FILE
     # Again after a fit: the description links to the report's run.
-    if page.exists() and seen.get(page) != (state := [file_mark(page), seen.get(law)]):
-        sync_experiment(folder, tracker)
-        seen[page] = state
+    if page.exists():
+        state = [file_mark(page), (law / LAW_FILE).exists()]
+        if seen.get(page) != state:
+            sync_experiment(folder, tracker)
+            seen[page] = state
     return bool(runs) and runs == [folder] and (folder / "result.json").exists()
 
 

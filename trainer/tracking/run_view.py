@@ -47,7 +47,7 @@ def public_config(config: Mapping[str, Any]) -> str:
 
 def run_params(config: Mapping[str, Any]) -> dict[str, str]:
     """The config as `section.key` -> text."""
-    return flatten(_public(config))
+    return flatten(_public(config)) if config else {}
 
 
 def run_tags(about: Mapping[str, Any], evaluations: Sequence[Evaluation]) -> dict[str, str]:
