@@ -9,7 +9,6 @@ import numpy as np
 from evaluation.scaling.forms import AnyCurve
 from evaluation.scaling.points import Array
 
-
 _EXACT = 1e-24  # mean square of log residuals that is rounding
 
 

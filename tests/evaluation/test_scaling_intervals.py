@@ -151,20 +151,22 @@ def test_intervals_of_every_form_hold_their_own_fit() -> None:
 
 
 def test_intervals_of_a_break_hold_it() -> None:
+    """Ten data sets: seven or more are held in all but 1 of 1,000 tries, where 95 of 100 are."""
     compute = np.geomspace(1e15, 1e20, 60)
     truth = 0.5 + 3 * (compute / 1e15) ** -0.05 * (1 + (compute / 1e17) ** 2) ** (-0.25 * 0.5)
-    value = truth * np.exp(np.random.default_rng(0).normal(0, 0.004, 60))
-    points = [
-        point(float(x), float(y), run=str(i), num_params=i + 1)
-        for i, (x, y) in enumerate(zip(compute, value, strict=True))
-    ]
-    found = one(points, "broken", num_rounds=200)
-    assert found.status == "ok"
-    assert found.uncertainty is not None
-    for name, expected in (("exponent_below", 0.05), ("exponent_above", 0.3), ("break_compute", 1e17)):
-        low, high = found.uncertainty.intervals[name]
-        assert abs((low + high) / 2 - expected) < high - low  # a 95 % interval may miss, but not by its own width
-        assert high - low < 2 * expected
+    expected = {"exponent_below": 0.05, "exponent_above": 0.3, "break_compute": 1e17, "constant": 0.5}
+    held = dict.fromkeys(expected, 0)
+    for seed in range(10):
+        value = truth * np.exp(np.random.default_rng(seed).normal(0, 0.004, 60))
+        pairs = enumerate(zip(compute.tolist(), value.tolist(), strict=True))
+        found = one([point(x, y, run=str(i), num_params=i + 1) for i, (x, y) in pairs], "broken", num_rounds=100)
+        assert found.status == "ok"
+        assert found.uncertainty is not None
+        for name, value_of in expected.items():
+            low, high = found.uncertainty.intervals[name]
+            held[name] += low < value_of < high
+            assert high - low < value_of
+    assert min(held.values()) >= 7, held
 
 
 @pytest.mark.parametrize(("num_seeds", "calibrated"), [(1, False), (3, True)])
