@@ -65,13 +65,14 @@ def page(title: str, lead: str, sections: Sequence[tuple[str, str]]) -> str:
     """
     links = "".join(f'<a href="#s{i}">{text(heading)}</a>' for i, (heading, _) in enumerate(sections))
     body = "".join(f'<h2 id="s{i}">{text(heading)}</h2>{markup}' for i, (heading, markup) in enumerate(sections))
+    links = f"<nav>{links}</nav>" if len(sections) > 1 else ""
     drawn = 'class="chart"' in body
     return (
         '<!DOCTYPE html><html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{text(title)}</title><style>{_STYLE}</style>"
         + (f"<script>{get_plotlyjs()}</script>" if drawn else "")
-        + f'</head><body><main><h1>{text(title)}</h1><p class="lead">{text(lead)}</p><nav>{links}</nav>{body}</main>'
+        + f'</head><body><main><h1>{text(title)}</h1><p class="lead">{text(lead)}</p>{links}{body}</main>'
         + (f"<script>{_DRAW}</script>" if drawn else "")
         + "</body></html>\n"
     )

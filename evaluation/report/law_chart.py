@@ -19,6 +19,7 @@ from evaluation.scaling.points import Array, Point
 from evaluation.scaling.uncertainty import Prediction
 
 X_LABEL = "training compute (FLOPs)"
+LEAST_RESIDUAL = 1e-3  # an exact fit's rounding is not worth a look
 BEYOND = 3.0  # without predictions the laws are drawn this factor beyond the largest compute
 FRONTIER, HELD_OUT = "frontier: no run is better at this compute", "frontier, upper third: held out to test the fits"
 
@@ -180,7 +181,7 @@ def _residual_panel(law: Law, groups: Sequence[SizeGroup], x: Axis) -> Panel | N
                 hover=[(p.run, f"{r:+.2%} from the fit", f"its own standard error: {e:.2%}") for p, r, e in chosen],
             )
         )  # fmt: skip
-    reach = 1.15 * max(abs(r) + e for _, r, e in rows) or 0.01
+    reach = max(1.15 * max(abs(r) + e for _, r, e in rows), LEAST_RESIDUAL)
     return Panel(x, Axis("residual", -reach, reach, log=False, ticks="percent"), tuple(series))
 
 

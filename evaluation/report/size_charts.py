@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from evaluation.report.chart import Axis, Chart, Panel, Series, log_axis
+from evaluation.report.law_chart import LEAST_RESIDUAL
 from evaluation.report.palette import INK, PAPER, SizeGroup, ordered_colours, size_groups
 from evaluation.report.style import law_title, size_label, status_label
 from evaluation.report.text_table import Table
@@ -81,7 +82,7 @@ def size_data_chart(found: SizeFindings, *, title: str = "L(N, D): value by size
     )
     top.append(Series([], [], INK, name, width=1.2))
     y = log_axis(found.title, [p.value for p in found.points])
-    reach = 1.15 * largest or 0.01
+    reach = max(1.15 * largest, LEAST_RESIDUAL)
     return Chart(
         title,
         (
