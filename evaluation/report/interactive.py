@@ -15,7 +15,7 @@ from evaluation.report.palette import GRID, INK, MUTED
 from evaluation.report.ticks import power_ticks, scientific
 
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'DejaVu Sans', sans-serif"
-_PIXELS_PER_INCH = 118
+_PIXELS_PER_INCH = 108
 _SYMBOLS = {"dot": "circle", "ring": "circle-open", "square": "square-open", "diamond": "diamond", "cross": "x-thin"}
 _LEGENDS = {"sizes": "legend", "laws": "legend2"}
 _LAW_LINE = 19  # pixels a line of the legend below

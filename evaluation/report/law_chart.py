@@ -21,6 +21,7 @@ from evaluation.scaling.uncertainty import Prediction
 X_LABEL = "training compute (FLOPs)"
 LEAST_RESIDUAL = 1e-3  # an exact fit's rounding is not worth a look
 BEYOND = 3.0  # without predictions the laws are drawn this factor beyond the largest compute
+OUTLIER = "does not belong to the others on the frontier"
 FRONTIER, HELD_OUT = "frontier: no run is better at this compute", "frontier, upper third: held out to test the fits"
 
 
@@ -61,6 +62,10 @@ def _frontier(law: Law) -> Iterator[Series]:
     if points:
         x, y = [p.compute for p in points], [p.value for p in points]
         yield Series(x, y, INK, FRONTIER, marker="ring", size=9)
+    strange = sorted({i for f in law.fits for i in f.fit.outliers if i < len(points)})
+    if strange:
+        x, y = [points[i].compute for i in strange], [points[i].value for i in strange]
+        yield Series(x, y, INK, OUTLIER, marker="cross", size=11)
     held_out = next((f.hold_out.points for f in law.fits if f.hold_out.points), ())
     if held_out:
         x, y = [h.point.compute for h in held_out], [h.point.value for h in held_out]

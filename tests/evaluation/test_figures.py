@@ -14,7 +14,7 @@ from matplotlib.colors import to_hex
 from scaling_points import curve_points, point, study
 
 from evaluation.report.figures import draw, draw_law, save_figure
-from evaluation.report.law_chart import FRONTIER, HELD_OUT, law_chart
+from evaluation.report.law_chart import FRONTIER, HELD_OUT, OUTLIER, law_chart
 from evaluation.report.palette import form_colour, size_groups
 from evaluation.report.ticks import percent, power_ticks, scientific, value_ticks
 from evaluation.scaling.bootstrap import Settings
@@ -132,6 +132,14 @@ def test_a_law_that_is_not_determined_is_named_and_not_drawn() -> None:
     assert form_colour("power_constant") not in {colour for _, colour in lines(figure.axes[0])}
     texts = [text.get_text() for text in figure.legends[1].get_texts()]
     assert "power + constant: unidentified, not drawn (any constant fits)" in texts
+
+
+def test_points_that_do_not_belong_to_the_others_are_crossed() -> None:
+    power, *others = law().fits
+    fit = dataclasses.replace(power.fit, status="outliers", message="one point.", outliers=(2,))
+    chart = law_chart(dataclasses.replace(law(), fits=(dataclasses.replace(power, fit=fit), *others)))
+    (crosses,) = [s for s in chart.panels[0].series if s.label == OUTLIER]
+    assert (crosses.x, crosses.y) == ([law().frontier.points[2].compute], [law().frontier.points[2].value])
 
 
 def test_figure_without_a_law_says_why() -> None:
