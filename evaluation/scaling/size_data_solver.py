@@ -18,13 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
-from evaluation.scaling.robust import huber, huber_pull, huber_weight
+from evaluation.scaling.robust import Loss, huber, huber_pull, huber_weight
 
 Array = NDArray[np.float64]
 
 # Exponents over the whole range of sizes (or data): from nearly straight in its logarithm to gone after 2 % of it.
 MIN_RATE, MAX_RATE = 0.02, 60.0
 E, A, B, P, Q = range(5)
+START_RATES = np.geomspace(0.05, 40.0, 8)  # starting exponents, over the whole range of sizes and of data
+_LAD_DELTAS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
 _FIRST_FLOOR, _LEAST_FLOOR, _LAST_FLOOR = 1e-2, 1e-9, 1e12
 _MAX_STEPS = 300
 _MARGIN = 1e-9  # a term this small is taken for zero: descents do not creep along a bound
@@ -106,6 +108,33 @@ def minimise(problem: Problem, weights: Array, start: Array, delta: float, toler
     return Minima(*(np.concatenate([getattr(part, name) for part in parts]) for name in Minima.__annotations__))
 
 
+def solve(problem: Problem, weights: Array, start: Array, loss: Loss, delta: float) -> Minima:
+    """The minima of one of the losses from many starts. Those of lad are reached by Huber's with delta towards 0."""
+    if loss == "lsq":
+        return minimise(problem, weights, start, np.inf)
+    if loss == "huber":
+        # Straight to the loss, and by way of least squares: the two see different basins.
+        loose = minimise(problem, weights, start, np.inf, 1e-4)
+        return minimise(problem, weights, np.concatenate([start, loose.theta]), delta)
+    minima = minimise(problem, weights, start, _LAD_DELTAS[0], 1e-6)
+    for smaller in _LAD_DELTAS[1:]:
+        minima = minimise(problem, weights, minima.theta, smaller)
+    return minima
+
+
+def solve_near(loss: Loss, delta: float, problem: Problem, weights: Array, start: Array) -> Array:
+    """The parameters [R, 5] of a bootstrap's rounds, each from its start, to far less than their scatter."""
+    deltas = {"huber": (delta,), "lsq": (np.inf,), "lad": _LAD_DELTAS[1:4]}[loss]
+    for smaller in deltas:
+        start = minimise(problem, weights, start, smaller, 1e-9).theta
+    return start
+
+
+def least_delta(loss: Loss, delta: float) -> float:
+    """The delta of the Huber loss that stands for a loss in the end."""
+    return {"huber": delta, "lsq": np.inf, "lad": _LAD_DELTAS[-1]}[loss]
+
+
 @dataclass
 class _Expansion:
     """The objective to second order around each row's parameters."""
@@ -149,17 +178,8 @@ def _descend(problem: Problem, weights: Array, theta: Array, delta: float, toler
 def expand(problem: Problem, weights: Array, theta: Array, delta: float) -> _Expansion:
     """Objective, gradient, Hessian and majoriser at parameters [R, 5] for weights [R, n]."""
     u, v = problem.u, problem.v
-    a, b = theta[:, A, None], theta[:, B, None]
-    jacobian = np.empty((len(theta), 5, len(u)))  # of log L by theta
-    jacobian[:, A] = np.exp(-theta[:, P, None] * u)
-    jacobian[:, B] = np.exp(-theta[:, Q, None] * v)
-    predicted = theta[:, E, None] + a * jacobian[:, A] + b * jacobian[:, B]
-    residual = np.log(predicted) - problem.log_y
-    jacobian[:, E] = 1 / predicted
-    jacobian[:, A] *= jacobian[:, E]
-    jacobian[:, B] *= jacobian[:, E]
-    jacobian[:, P] = -a * u * jacobian[:, A]
-    jacobian[:, Q] = -b * v * jacobian[:, B]
+    jacobian = jacobian_of(problem, theta)
+    residual = -np.log(jacobian[:, E]) - problem.log_y
     pull = weights * huber_pull(residual, delta)
     majoriser = (jacobian * (weights * huber_weight(residual, delta))[:, None]) @ jacobian.swapaxes(1, 2)
     hessian = (jacobian * (weights * (np.abs(residual) <= delta) - pull)[:, None]) @ jacobian.swapaxes(1, 2)
@@ -173,6 +193,21 @@ def expand(problem: Problem, weights: Array, theta: Array, delta: float) -> _Exp
     pulls = np.einsum("rkn,rn->rk", np.abs(jacobian), np.abs(pull))
     value = np.where(np.isfinite(residual).all(axis=1), (weights * huber(residual, delta)).sum(axis=1), np.inf)
     return _Expansion(value, gradient, hessian, majoriser, pulls)
+
+
+@np.errstate(divide="ignore", invalid="ignore", over="ignore")
+def jacobian_of(problem: Problem, theta: Array) -> Array:
+    """d log L / d (E, A, B, p, q) at every point: [R, 5, n]; its first row is 1 / L."""
+    a, b = theta[:, A, None], theta[:, B, None]
+    jacobian = np.empty((len(theta), 5, len(problem.u)))
+    jacobian[:, A] = np.exp(-theta[:, P, None] * problem.u)
+    jacobian[:, B] = np.exp(-theta[:, Q, None] * problem.v)
+    jacobian[:, E] = 1 / (theta[:, E, None] + a * jacobian[:, A] + b * jacobian[:, B])
+    jacobian[:, A] *= jacobian[:, E]
+    jacobian[:, B] *= jacobian[:, E]
+    jacobian[:, P] = -a * problem.u * jacobian[:, A]
+    jacobian[:, Q] = -b * problem.v * jacobian[:, B]
+    return jacobian
 
 
 def _free(problem: Problem, theta: Array, gradient: Array) -> NDArray[np.bool_]:
