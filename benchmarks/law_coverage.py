@@ -101,6 +101,8 @@ def outcome(
         assert prediction.low is not None
         assert prediction.high is not None
         intervals[f"prediction x{prediction.factor:g}"] = (prediction.low, prediction.high)
+    if fitted.constant_interval is not None:
+        intervals["constant, profile of independent points"] = fitted.constant_interval
     return parameters(fitted.curve), fitted.status, intervals, uncertainty.status
 
 
@@ -110,6 +112,7 @@ def truth_of(design: Design, form: Form, reference: float, targets: dict[str, fl
     assert curve is not None
     values = parameters(curve)
     values["amplitude"] = float(curve(reference)) - curve.constant
+    values["constant, profile of independent points"] = curve.constant
     return values | {name: float(curve(compute)) for name, compute in targets.items()}
 
 

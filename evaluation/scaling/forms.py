@@ -56,10 +56,14 @@ AnyCurve: TypeAlias = Curve | BrokenCurve
 def parameters(curve: AnyCurve) -> dict[str, float]:
     """The curve's numbers by name, those that follow from them included."""
     own = {name: float(value) for name, value in asdict(curve).items()}
-    own["log10_coefficient"] = curve.log10_coefficient
+    logs = {"log10_coefficient": curve.log10_coefficient}
     if isinstance(curve, Curve):
-        own["log10_k"] = curve.log10_k
-    return own
+        logs["log10_k"] = curve.log10_k
+    plain = {name.removeprefix("log10_"): 10.0**log for name, log in logs.items() if abs(log) < _MAX_LOG10}
+    return own | logs | plain
+
+
+_MAX_LOG10 = 300.0  # beyond, a coefficient is no floating-point number
 
 
 @dataclass(frozen=True)

@@ -123,7 +123,7 @@ def _as_text(found: OneFit, *, paper: bool) -> str:
         return "\n".join(lines)
     values = parameters(fit.curve)
     if not paper:
-        values.pop("log10_k", None)
+        values = {name: value for name, value in values.items() if name not in ("k", "log10_k")}
     intervals = uncertainty.intervals if uncertainty else {}
     confidence = f"{uncertainty.confidence:.0%}" if uncertainty else ""
     for name, value in values.items():
