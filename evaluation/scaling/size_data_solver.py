@@ -26,7 +26,7 @@ Array = NDArray[np.float64]
 MIN_RATE, MAX_RATE = 0.02, 60.0
 E, A, B, P, Q = range(5)
 START_RATES = np.geomspace(0.05, 40.0, 8)  # starting exponents, over the whole range of sizes and of data
-_LAD_DELTAS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
+_LAD_DELTAS = (1e-3, 1e-4, 1e-5, 1e-6, 1e-7, 1e-8, 1e-9, 1e-10)
 _FIRST_FLOOR, _LEAST_FLOOR, _LAST_FLOOR = 1e-2, 1e-9, 1e12
 _MAX_STEPS = 300
 _MARGIN = 1e-9  # a term this small is taken for zero: descents do not creep along a bound
@@ -221,6 +221,14 @@ def _free(problem: Problem, theta: Array, gradient: Array) -> NDArray[np.bool_]:
 def _step(problem: Problem, theta: Array, at: _Expansion, floor: Array) -> tuple[Array, Array]:
     """The step [R, 5], and what it would gain by the expansion [R]."""
     free = _free(problem, theta, at.gradient)
+    step, gain = _newton(at, free, floor)
+    # The others may push a parameter against its bound: then it stays there, and they step without it.
+    outward = (theta <= problem.lower) & (step < 0) | (theta >= problem.upper) & (step > 0)
+    return _newton(at, free & ~outward, floor) if outward.any() else (step, gain)
+
+
+def _newton(at: _Expansion, free: NDArray[np.bool_], floor: Array) -> tuple[Array, Array]:
+    """Newton's step of the free parameters, and its gain; no curvature, relative to the majoriser, below the floor."""
     both, identity = free[:, :, None] & free[:, None, :], np.eye(5)
     held = identity * ~free[:, :, None]
     scale = 1 / np.sqrt(np.maximum(np.where(free, np.diagonal(at.majoriser, axis1=1, axis2=2), 1.0), 1e-300))

@@ -97,7 +97,7 @@ def test_learning_curves_are_interpolated_at_the_budgets_and_never_beyond() -> N
 
 
 def test_learning_curves_recover_the_law_within_its_interval() -> None:
-    """Of 30 studies of 20 learning curves, 95 % of the exponent's intervals hold it, give or take a binomial's scatter."""
+    """Of 30 studies of 20 learning curves, 95 % of the intervals hold the truth, give or take a binomial's scatter."""
     covered, widths = np.zeros(2), []
     for seed in range(30):
         points = curves(
