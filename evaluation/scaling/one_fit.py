@@ -17,8 +17,8 @@ from evaluation.scaling.points import columns
 from evaluation.scaling.rounds import Question
 from evaluation.scaling.uncertainty import Uncertainty
 
-BAND_POINTS = 64
-BAND_BEYOND = 3.0  # the band goes this factor beyond the largest compute
+BAND_POINTS = 96
+BAND_BEYOND = 100.0  # the band goes this factor beyond the largest compute, as far as the predictions
 FACTORS = (10.0, 100.0)  # of the largest compute: where a law is asked to predict
 
 FitStatus = Literal[Status, "uncalibrated"]
