@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -16,6 +17,7 @@ Shown = Literal[
     "offered",  # on the screen only: named in the legend, drawn at a click
 ]
 LegendOf = Literal["sizes", "laws"]  # which of a figure's two legends names it
+LEGEND_WIDTH = 120  # characters
 
 
 @dataclass(frozen=True)
@@ -101,3 +103,8 @@ def joined(runs: Sequence[Sequence[tuple[float, float]]]) -> tuple[list[float], 
     """Several runs' (x, y) as one series with a gap (NaN) after each."""
     pairs = [pair for run in runs for pair in (*run, (math.nan, math.nan))]
     return [x for x, _ in pairs], [y for _, y in pairs]
+
+
+def wrapped(label: str) -> str:
+    """A legend's text in lines that fit under the panels."""
+    return textwrap.fill(label, LEGEND_WIDTH)

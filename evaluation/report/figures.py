@@ -16,7 +16,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
 from data_pipeline.files import write_atomic
-from evaluation.report.chart import Axis, Chart, LegendOf, Panel, Series
+from evaluation.report.chart import Axis, Chart, LegendOf, Panel, Series, wrapped
 from evaluation.report.law_chart import law_chart
 from evaluation.report.palette import GRID, INK, MUTED
 from evaluation.report.ticks import linear_ticks, percent, power_ticks, scientific, value_ticks
@@ -142,7 +142,7 @@ def _legend(figure: Figure, chart: Chart, which: LegendOf) -> None:
     if not named:
         return
     handles = [
-        Line2D([], [], label=_plain(label), **(_look(s) if s.shown == "yes" else {"ls": "none"}))
+        Line2D([], [], label=_plain(wrapped(label)), **(_look(s) if s.shown == "yes" else {"ls": "none"}))
         for label, s in named.items()
     ]
     if which == "sizes":

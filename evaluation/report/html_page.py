@@ -5,8 +5,9 @@ Everything that comes from outside (names, messages, labels) is escaped here, by
 
 from __future__ import annotations
 
+import base64
+import gzip
 import html
-import json
 from collections.abc import Sequence
 
 from plotly.offline import get_plotlyjs
@@ -14,6 +15,8 @@ from plotly.offline import get_plotlyjs
 from evaluation.report.chart import Chart
 from evaluation.report.interactive import FONT, plotly_figure
 from evaluation.report.text_table import Table
+
+MAX_ROWS = 1000
 
 _STYLE = """
 :root { --ink: #1a1a1a; --muted: #62666d; --rule: #e3e5e8; --soft: #f6f7f8; --accent: #2c5aa0; }
@@ -50,9 +53,14 @@ dt { color: var(--muted); } dd { margin: 0; overflow-wrap: anywhere; }
 """.replace("FONT", FONT)
 
 _DRAW = """
+async function unpacked(text) {
+  const bytes = Uint8Array.from(atob(text), c => c.charCodeAt(0));
+  const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
+  return JSON.parse(await new Response(stream).text());
+}
 for (const place of document.querySelectorAll(".chart")) {
-  const figure = JSON.parse(place.nextElementSibling.textContent);
-  Plotly.newPlot(place, figure.data, figure.layout, {responsive: true, displaylogo: false});
+  unpacked(place.nextElementSibling.textContent).then(figure =>
+    Plotly.newPlot(place, figure.data, figure.layout, {responsive: true, displaylogo: false}));
 }
 """
 
@@ -103,7 +111,7 @@ def facts(pairs: Sequence[tuple[str, str]]) -> str:
 
 
 def table(content: Table) -> str:
-    """A table whose columns of numbers are right-aligned; nothing where it has no rows."""
+    """A table whose columns of numbers are right-aligned, up to MAX_ROWS; nothing where it has no rows."""
     if not content.rows:
         return ""
     kind = {i: "" if i in content.left else ' class="n"' for i in content.used}
@@ -111,8 +119,11 @@ def table(content: Table) -> str:
     def line(cells: Sequence[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}{kind[i]}>{text(cells[i])}</{tag}>" for i in content.used) + "</tr>"
 
-    body = "".join(line(row, "td") for row in content.rows)
-    return f'<div class="scroll"><table><thead>{line(content.header, "th")}</thead><tbody>{body}</tbody></table></div>'
+    body = "".join(line(row, "td") for row in content.rows[:MAX_ROWS])
+    rest = len(content.rows) - MAX_ROWS
+    more = paragraph(f"{rest:,} more rows are left out here.", kind="lead") if rest > 0 else ""
+    head = line(content.header, "th")
+    return f'<div class="scroll"><table><thead>{head}</thead><tbody>{body}</tbody></table></div>{more}'
 
 
 def folded(summary: str, markup: str) -> str:
@@ -121,12 +132,12 @@ def folded(summary: str, markup: str) -> str:
 
 
 def chart_figure(chart: Chart, caption: str = "") -> str:
-    """An interactive figure."""
+    """An interactive figure; its data are packed, since the words for thousands of points repeat themselves."""
     figure = plotly_figure(chart)
-    content = json.dumps(json.loads(figure.to_json()), separators=(",", ":")).replace("<", "\\u003c")
+    packed = base64.b64encode(gzip.compress(figure.to_json().encode(), mtime=0)).decode()
     return (
         f'<figure><div class="chart" style="height:{figure.layout.height}px"></div>'
-        f'<script type="application/json">{content}</script><figcaption>{text(caption)}</figcaption></figure>'
+        f'<script type="text/plain">{packed}</script><figcaption>{text(caption)}</figcaption></figure>'
     )
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from evaluation.report.chart import Axis, Band, Chart, Panel, Series
+from evaluation.report.chart import Axis, Band, Chart, Panel, Series, wrapped
 from evaluation.report.palette import GRID, INK, MUTED
 from evaluation.report.ticks import power_ticks, scientific
 
@@ -35,8 +35,8 @@ def plotly_figure(chart: Chart) -> go.Figure:
     for i, row in enumerate(chart.rows, start=1):
         for j, panel in enumerate(row, start=1):
             _draw_panel(figure, panel, i, j, named)
-    num_laws = len({s.label for p in chart.panels for s in p.series if s.label and s.legend == "laws"})
-    _lay_out(figure, chart, num_laws)
+    labels = {s.label for panel in chart.panels for s in panel.series if s.label and s.legend == "laws"}
+    _lay_out(figure, chart, sum(1 + wrapped(label).count("\n") for label in labels))
     return figure
 
 
@@ -57,10 +57,11 @@ def _draw_panel(figure: go.Figure, panel: Panel, row: int, col: int, named: set[
 
 
 def _trace(series: Series, *, show: bool) -> go.Scatter:
+    name = html.escape(wrapped(series.label)).replace("\n", "<br>")
     parts = [*(["lines"] if series.width else []), *(["markers"] if series.marker else [])]
     trace: dict[str, Any] = {
         "x": _numbers(series.x), "y": _numbers(series.y), "mode": "+".join(parts) or "none",
-        "name": html.escape(series.label), "showlegend": show, "legend": _LEGENDS[series.legend],
+        "name": name, "showlegend": show, "legend": _LEGENDS[series.legend],
         "legendgroup": series.group or series.label or None, "opacity": series.opacity,
         "line": {"color": series.colour, "width": 1.25 * series.width, "dash": series.dash},
         "visible": True if series.shown == "yes" else "legendonly", "connectgaps": False,
@@ -114,8 +115,8 @@ def _axis(axis: Axis) -> dict[str, Any]:
     return look
 
 
-def _lay_out(figure: go.Figure, chart: Chart, num_laws: int) -> None:
-    below = 52 + _LAW_LINE * num_laws
+def _lay_out(figure: go.Figure, chart: Chart, num_lines: int) -> None:
+    below = 52 + _LAW_LINE * num_lines
     top = 60 if any(panel.title for panel in chart.panels) else 40
     height = round(chart.size[1] * _PIXELS_PER_INCH) + below
     figure.update_layout(
@@ -131,8 +132,8 @@ def _lay_out(figure: go.Figure, chart: Chart, num_laws: int) -> None:
 
 
 def _numbers(values: Sequence[float]) -> list[float | None]:
-    """Plain numbers; a gap is null, which is what JSON has."""
-    return [float(v) if math.isfinite(v) else None for v in values]
+    """Numbers to seven digits, which no screen tells apart; a gap is null, which is what JSON has."""
+    return [float(f"{v:.7g}") if math.isfinite(v) else None for v in values]
 
 
 def _faint(colour: str) -> str:

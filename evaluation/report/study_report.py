@@ -147,8 +147,8 @@ def _law_section(law: Law, charts: dict[str, Chart]) -> str:
 
 def _size_section(sizes: SizeFindings, charts: dict[str, Chart]) -> str:
     """The answer by L(N, D) first, then what it and the parabolas rest on."""
-    doubt = sizes.size_data.message
-    parts = [page.paragraph(f"L(N, D) of {sizes.title}: {status_label(sizes.size_data.status)}. {doubt}".strip())]
+    doubt = f" ({sizes.size_data.message.rstrip('.')})" if sizes.size_data.message else ""
+    parts = [page.paragraph(f"L(N, D) of {sizes.title}, {status_label(sizes.size_data.status)}{doubt}:")]
     parts.append(page.table(budget_table(sizes)))
     for name in ("size_data", "isoflop"):
         if name in charts:

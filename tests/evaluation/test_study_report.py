@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import gzip
 import json
 import re
 from html.parser import HTMLParser
@@ -12,7 +14,7 @@ import pytest
 from report_study import QUICK, law, write_runs
 from scaling_points import point, study
 
-from evaluation.report.html_page import page, table
+from evaluation.report.html_page import MAX_ROWS, page, table
 from evaluation.report.run_files import RunFiles, read_runs
 from evaluation.report.study_report import runs_table, write_report
 from evaluation.report.text_table import Table
@@ -30,21 +32,21 @@ class Page(HTMLParser):
         self.resources: list[str] = []
         self.charts: list[dict[str, object]] = []
         self.text = ""
-        self._inside, self._json = "", False
+        self._inside, self._packed = "", False
         self.feed(content)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         values = dict(attrs)
         self.tags.append(tag)
         self.resources += [v or "" for k, v in attrs if k in ("src", "href", "srcset", "data", "action", "poster")]
-        self._inside, self._json = tag, values.get("type") == "application/json"
+        self._inside, self._packed = tag, values.get("type") == "text/plain"
 
     def handle_endtag(self, tag: str) -> None:
         self._inside = ""
 
     def handle_data(self, data: str) -> None:
         if self._inside == "script":
-            self.charts += [json.loads(data)] if self._json else []
+            self.charts += [json.loads(gzip.decompress(base64.b64decode(data)))] if self._packed else []
         elif self._inside != "style":
             self.text += data + "\n"
 
@@ -128,10 +130,19 @@ def test_runs_table_has_what_each_run_cost_and_reached(tmp_path: Path) -> None:
     assert rows[runs[0].name][7] == f"{last.value:.4g} ± {last.stderr:.3f}"
 
 
+def test_the_same_study_gives_the_same_bytes(tmp_path: Path) -> None:
+    runs = write_runs(tmp_path)
+    first, second = (write_report(tmp_path / name, [law()], runs, title="a").html.read_bytes() for name in "ab")
+    assert first == second
+
+
 def test_page_parts() -> None:
+    many = table(Table(["n"], [[str(i)] for i in range(MAX_ROWS + 5)]))
+    assert many.count("<tr>") == 1 + MAX_ROWS
+    assert "5 more rows" in many
     assert table(Table(["a"], [])) == ""
     markup = table(Table(["name", "empty", "n"], [["x<y", "", "1"]], left=(0,)))
     assert "x&lt;y" in markup
     assert "empty" not in markup
     assert '<td class="n">1</td>' in markup
-    assert page("t", "", [("one & two", "<p>x</p>")]).count("one &amp; two") == 2
+    assert page("t", "", [("one & two", "<p>x</p>"), ("b", "")]).count("one &amp; two") == 2
