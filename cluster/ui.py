@@ -25,7 +25,7 @@ from data_pipeline.errors import UserError, run_cli
 from trainer.tracking.uri import default_uri, sqlite_file
 
 _START_SECONDS = 120.0
-_STOP_SECONDS = 10.0
+_STOP_SECONDS = 3.0
 
 
 def main() -> int:
