@@ -16,7 +16,8 @@ from evaluation.report.chart import Chart
 from evaluation.report.interactive import FONT, plotly_figure
 from evaluation.report.text_table import Table
 
-MAX_ROWS = 1000
+MAX_ROWS = 1000  # of a table
+MAX_PLAIN = 400_000  # characters of a figure's JSON
 
 _STYLE = """
 :root { --ink: #1a1a1a; --muted: #62666d; --rule: #e3e5e8; --soft: #f6f7f8; --accent: #2c5aa0; }
@@ -58,9 +59,13 @@ async function unpacked(text) {
   const stream = new Blob([bytes]).stream().pipeThrough(new DecompressionStream("gzip"));
   return JSON.parse(await new Response(stream).text());
 }
+function draw(place, figure) {
+  Plotly.newPlot(place, figure.data, figure.layout, {responsive: true, displaylogo: false});
+}
 for (const place of document.querySelectorAll(".chart")) {
-  unpacked(place.nextElementSibling.textContent).then(figure =>
-    Plotly.newPlot(place, figure.data, figure.layout, {responsive: true, displaylogo: false}));
+  const source = place.nextElementSibling;
+  if (source.type === "application/json") draw(place, JSON.parse(source.textContent));
+  else unpacked(source.textContent).then(figure => draw(place, figure));
 }
 """
 
@@ -132,12 +137,14 @@ def folded(summary: str, markup: str) -> str:
 
 
 def chart_figure(chart: Chart, caption: str = "") -> str:
-    """An interactive figure; its data are packed, since the words for thousands of points repeat themselves."""
+    """An interactive figure. Large ones are packed, since the words for thousands of points repeat themselves."""
     figure = plotly_figure(chart)
-    packed = base64.b64encode(gzip.compress(figure.to_json().encode(), mtime=0)).decode()
+    kind, content = "application/json", figure.to_json().replace("<", "\\u003c")
+    if len(content) > MAX_PLAIN:
+        kind, content = "text/plain", base64.b64encode(gzip.compress(content.encode(), mtime=0)).decode()
     return (
         f'<figure><div class="chart" style="height:{figure.layout.height}px"></div>'
-        f'<script type="text/plain">{packed}</script><figcaption>{text(caption)}</figcaption></figure>'
+        f'<script type="{kind}">{content}</script><figcaption>{text(caption)}</figcaption></figure>'
     )
 
 

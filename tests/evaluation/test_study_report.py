@@ -14,7 +14,8 @@ import pytest
 from report_study import QUICK, law, write_runs
 from scaling_points import point, study
 
-from evaluation.report.html_page import MAX_ROWS, page, table
+from evaluation.report.html_page import MAX_ROWS, chart_figure, page, table
+from evaluation.report.law_chart import law_chart
 from evaluation.report.run_files import RunFiles, read_runs
 from evaluation.report.study_report import runs_table, write_report
 from evaluation.report.text_table import Table
@@ -32,21 +33,23 @@ class Page(HTMLParser):
         self.resources: list[str] = []
         self.charts: list[dict[str, object]] = []
         self.text = ""
-        self._inside, self._packed = "", False
+        self._inside, self._kind = "", None
         self.feed(content)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         values = dict(attrs)
         self.tags.append(tag)
         self.resources += [v or "" for k, v in attrs if k in ("src", "href", "srcset", "data", "action", "poster")]
-        self._inside, self._packed = tag, values.get("type") == "text/plain"
+        self._inside, self._kind = tag, values.get("type")
 
     def handle_endtag(self, tag: str) -> None:
         self._inside = ""
 
     def handle_data(self, data: str) -> None:
         if self._inside == "script":
-            self.charts += [json.loads(gzip.decompress(base64.b64decode(data)))] if self._packed else []
+            if self._kind in ("application/json", "text/plain"):
+                plain = data if self._kind == "application/json" else gzip.decompress(base64.b64decode(data))
+                self.charts.append(json.loads(plain))
         elif self._inside != "style":
             self.text += data + "\n"
 
@@ -128,6 +131,15 @@ def test_runs_table_has_what_each_run_cost_and_reached(tmp_path: Path) -> None:
     last = max((p for p in law().frontier.admitted if p.run == runs[0].name), key=lambda p: p.compute)
     assert rows[runs[0].name][1:7] == ["420 k", "0", "5,120", "2.44e+12", "2.101", "20.0%"]
     assert rows[runs[0].name][7] == f"{last.value:.4g} ± {last.stderr:.3f}"
+
+
+def test_large_figures_are_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    chart = law_chart(law())
+    plain = chart_figure(chart)
+    monkeypatch.setattr("evaluation.report.html_page.MAX_PLAIN", 1000)
+    packed = chart_figure(chart)
+    assert Page(plain).charts == Page(packed).charts
+    assert len(packed) < len(plain) / 2
 
 
 def test_the_same_study_gives_the_same_bytes(tmp_path: Path) -> None:
