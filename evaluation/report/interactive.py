@@ -122,6 +122,7 @@ def _lay_out(figure: go.Figure, chart: Chart, num_lines: int) -> None:
     figure.update_layout(
         title={"text": html.escape(chart.title), "x": 0, "xref": "container", "font": {"size": 15}, "pad": {"l": 10}},
         template="none", height=height, margin={"l": 72, "r": 20, "t": top, "b": 52}, hovermode="closest",
+        hoverlabel={"bgcolor": "#ffffff", "font": {"family": FONT, "color": INK}},
         font={"family": FONT, "size": 12.5, "color": INK}, paper_bgcolor="#ffffff", plot_bgcolor="#ffffff",
         legend={"title": {"text": chart.sizes_title}, "x": 1.01, "y": 1, "tracegroupgap": 2},
         legend2={

@@ -19,7 +19,6 @@ class Parameter:
     name: str
     value: float
     interval: Interval | None
-    source: str  # of the interval: "bootstrap" or "profile"
 
     def __str__(self) -> str:
         text = f"{self.name.replace('_', ' ')} {self.value:.4g}"
@@ -38,8 +37,8 @@ def parameters(law_fit: LawFit) -> list[Parameter]:
         if field.name in _ANCHORS or (field.name == "constant" and value == 0 and fit.form == "power"):
             continue
         profile = fit.constant_interval if field.name == "constant" else None
-        interval = profile or resampled.get(field.name)
-        result.append(Parameter(field.name, float(value), interval, "profile" if profile else "bootstrap"))
+        interval = resampled.get(field.name, profile)  # a profile takes the points of one run as independent
+        result.append(Parameter(field.name, float(value), interval))
     return result
 
 
