@@ -104,7 +104,7 @@ def _axis(axis: Axis) -> dict[str, Any]:
         look |= {"tickformat": "+.2~%"}
     elif axis.ticks == "value":
         look |= {"tickformat": "~g"}
-    elif high - low > 1.2:
+    elif high - low > 1.6:
         look |= {"exponentformat": "power", "dtick": 1}
         look["minor"] = {"ticks": "outside", "dtick": "D1", "ticklen": 2, "tickcolor": GRID}
     else:  # less than a decade or so: what lies beyond is for those who zoom out
