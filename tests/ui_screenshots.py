@@ -2,7 +2,7 @@
 
     python tests/ui_screenshots.py --tracking-uri sqlite:///runs/mlflow.db --experiment cifar10_cpu --out docs/images
 
-Needs Debian's chromium and chromium-driver, and selenium. Each picture is 1400 pixels wide, of 64 colours or fewer.
+Needs Debian's chromium and chromium-driver, and selenium. Each picture is 1400 pixels wide and has at most 256 colours.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from trainer.tracking.mlflow_pages import experiment_pages
 # Width and height of the window: as much as a person would have after closing the messages.
 _WINDOWS = {"Fits": (1800, 900), "Report": (1400, 1300), "Scaling curves": (1500, 1250)}
 _WINDOW = (1500, 1250)
-_WIDTH, _COLOURS, _MOST_BYTES = 1400, (64, 32, 16), 250_000
+_WIDTH, _COLOURS, _MOST_BYTES = 1400, (256, 128, 64, 32), 250_000
 
 
 def main() -> None:
@@ -59,7 +59,7 @@ def shrink(path: Path) -> None:
         image = picture.convert("RGB")
     image = image.resize((_WIDTH, round(image.height * _WIDTH / image.width)), Image.Resampling.LANCZOS)
     for colours in _COLOURS:
-        image.quantize(colours, dither=Image.Dither.NONE).save(path, optimize=True)
+        image.quantize(colours, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE).save(path, optimize=True)
         if path.stat().st_size < _MOST_BYTES:
             return
 

@@ -16,14 +16,13 @@ from typing import Any
 
 import numpy as np
 
+from evaluation.report.palette import MUTED, form_colour
 from evaluation.scaling.law import Law, LawFit, plain_json
 from trainer.tracking.points import LawRun
 
 CURVE_POINTS = 40  # drawn as dots: enough for a smooth bend, few enough to look unlike a trial
 CURVE_BEYOND = 3.0  # the fitted curve goes this factor beyond the largest compute
-FORMULAS = {"power": "a C^-b", "power_constant": "c + a C^-b", "broken": "broken power"}
-_COLORS = {"power": "#2c3e50", "power_constant": "#c0392b", "broken": "#8e44ad"}
-_OTHER_COLOR = "#7f8c8d"
+FORMULAS = {"power": "a C^-b", "power_constant": "c + a C^-b", "broken": "broken power law"}
 
 
 def law_runs(laws: Sequence[Law], *, study: str) -> list[LawRun]:
@@ -40,7 +39,8 @@ def curve_name(law: Law) -> str:
 def fit_numbers(law_fit: LawFit) -> dict[str, float]:
     """Every finite number of a fit by a short name: parameters, intervals, certificate, errors, predictions."""
     fit, found, held = law_fit.fit, law_fit.uncertainty, law_fit.hold_out
-    numbers = dict(_numbers(dataclasses.asdict(fit) | {"constant_profile": fit.constant_interval}))
+    certificate = {field.name: getattr(fit, field.name) for field in dataclasses.fields(fit)}
+    numbers = dict(_numbers(certificate | {"constant_interval": None, "constant_profile": fit.constant_interval}))
     if fit.curve is not None:
         numbers |= dict(_numbers(dataclasses.asdict(fit.curve)))
         numbers["log10_coefficient"] = fit.curve.log10_coefficient
@@ -85,7 +85,7 @@ def _fit_run(law: Law, law_fit: LawFit, study: str) -> LawRun:
             tags={
                 "kind": "law", "metric": law.metric, "split": law.split, "form": fit.form, "status": fit.status,
                 "size": "law", "best": "yes" if best else "no", "drawn": "yes" if curve else "no",
-                "mlflow.runColor": _COLORS.get(fit.form, _OTHER_COLOR),
+                "mlflow.runColor": form_colour(fit.form),
                 "mlflow.note.content": f"`{formula}` fitted to **{metric}** against training compute.{message}\n\n"
                 + "\n".join(f"- {note}" for note in law.notes),
             },
@@ -99,7 +99,7 @@ def _report_run(laws: Sequence[Law], study: str) -> LawRun:
     """The run that carries the files of the study's `law` folder. Its id, and so its address, stays the same."""
     verdicts = [f"**{curve_name(law)}**: {law.verdict}" for law in laws]
     note = "The study's report: `report.html` among the artifacts has figures, tables and fits.\n\n"
-    tags = {"kind": "report", "size": "report", "mlflow.runColor": _OTHER_COLOR, "drawn": "no"}
+    tags = {"kind": "report", "size": "report", "mlflow.runColor": MUTED, "drawn": "no"}
     tags["mlflow.note.content"] = note + "\n\n".join(verdicts)
     return LawRun(f"{study}-report", "report", study, 0.0, tags=tags, carries_files=True)
 

@@ -99,13 +99,15 @@ def experiment_tags(study: str, metrics: Sequence[str]) -> dict[str, str]:
     `{experiment}` and `{report}` in the description stand for the ids, which only the tracker knows.
     """
     views = study_views(metrics)
-    links = [f"- [{view.name}]({address_of(view)}): {view.about}" for view in views]
-    links.append(
-        f"- [Report]({artifact_address('', '{experiment}', '{report}', REPORT)[1:]}): figures, tables, verdicts"
-    )
+    links = [f"[{view.name}]({address_of(view)})" for view in views]
+    links.append(f"[Report]({artifact_address('', '{experiment}', '{report}', REPORT)[1:]})")
+    # The UI shows the first line; the rest unfolds.
     text = (
-        f"Compute-scaling study **{study}**: a run a trial (tags `size`, `seed`), a run a fit (`law METRIC: FORM`), "
-        "and the run `report` with the study's files. Open it by a saved view:\n\n" + "\n".join(links)
+        f"Study **{study}**: "
+        + " · ".join(links)
+        + "\n\nA run a trial (tags `size`, `seed`), a run a fit (`law METRIC: "
+        "FORM`), and the run `report` with the study's files.\n\n"
+        + "\n".join(f"- {view.name}: {view.about}" for view in views)
     )
     # The kind makes the UI open the experiment as one of training runs.
     kind = {"mlflow.experimentKind": "custom_model_development", "mlflow.note.content": text}

@@ -89,7 +89,7 @@ def test_the_scaling_view_has_its_sections(page: Page, addresses: dict[str, str]
     if "nll/test by GFLOP" not in page.charts():
         page.open(addresses["Scaling curves"], height=4000)
     page.wait(lambda: "x: FLOP, linear" in page.text(), "the last section")
-    for words in ("NLL (bits/dim), held-out images; x: GFLOP", "The same; x: images seen", "Compute-scaling study"):
+    for words in ("NLL (bits/dim), held-out images; x: GFLOP", "The same; x: images seen", "Study made"):
         assert words in page.text()
 
 
