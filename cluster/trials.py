@@ -16,8 +16,8 @@ from trainer.config import RunConfig, merge, read_tree, validate
 from trainer.models import ModelCost, count
 
 _BYTES = 4  # everything is stored in float32
-# From small to large: light to dark blue-green, readable on white and by the colour-blind.
-_COLOURS = ("#c9a227", "#5ec962", "#21918c", "#3b6fb6", "#472d7b", "#2d0f41")
+# From small to large: light to dark, as in the figures; readable on white and by the colour-blind.
+_COLOURS = ("#86d549", "#35b779", "#20938c", "#2e6e8e", "#404588", "#471365")
 EXTRA_COLOUR = "#8c8c8c"
 
 

@@ -19,6 +19,7 @@ import webbrowser
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 from cluster.tracking import UI_PORT, page_lines, server_address, server_command
 from data_pipeline.errors import UserError, run_cli
@@ -86,7 +87,7 @@ def serving(uri: str, port: int) -> Iterator[subprocess.Popen[bytes]]:
             server_command(uri, port), env=environment, stdout=output, stderr=output, start_new_session=True
         )
     try:
-        _wait_until_it_answers(process, port, log)
+        wait_until_it_answers(process, port, log)
         yield process
     finally:
         _end(process)
@@ -97,7 +98,8 @@ def has_display() -> bool:
     return sys.platform == "darwin" or bool(os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY"))
 
 
-def _wait_until_it_answers(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+def wait_until_it_answers(process: subprocess.Popen[Any], port: int, log: Path) -> None:
+    """Return once the server on loopback answers. Raises UserError, naming its log, where it ends or stays silent."""
     deadline = time.monotonic() + _START_SECONDS
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # loopback is not for a proxy
     while time.monotonic() < deadline:

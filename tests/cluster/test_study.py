@@ -130,7 +130,7 @@ def test_a_study_survives_its_drivers_death_and_repeats_nothing(study_file: Path
 
 
 def check_mlflow(database: Path, printed: str) -> None:
-    """Two trials and one law as runs of their own, no point twice, and a saved view under the printed address."""
+    """Two trials, the fits and the report are runs of their own; no point twice; what to look at has its address."""
     with sqlite3.connect(database) as connection:
         runs = connection.execute("select run_uuid, name from runs where lifecycle_stage='active'").fetchall()
         names = sorted(name for _, name in runs)
@@ -150,9 +150,12 @@ def check_mlflow(database: Path, printed: str) -> None:
         )
         assert (found["nll/train"], found["fd_efflite0/test"]) == (6, 2)
         views = connection.execute("select experiment_id, key from experiment_tags where key like '%View%'").fetchall()
-    ((experiment, key),) = views
-    address = f"#/experiments/{experiment}/runs?viewStateShareKey={key.rpartition('.')[2]}&compareRunsMode=CHART"
-    assert address in printed.splitlines()[-1]
+        (report,) = connection.execute("select run_uuid from runs where name = 'report'").fetchone()
+    assert {key.rpartition(".")[2] for _, key in views} == {"scaling", "training", "throughput", "fits"}
+    shown = printed.splitlines()[-5:]
+    for (experiment, key), line in zip(views, sorted(shown[:4]), strict=True):
+        assert f"#/experiments/{experiment}/runs?viewStateShareKey=" in line, key
+    assert f"/runs/{report}/artifacts/report.html" in shown[-1]
 
 
 @pytest.mark.prove
