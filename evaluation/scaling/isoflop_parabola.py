@@ -96,8 +96,8 @@ def minima_of(used: Sequence[Samples]) -> Array:
 def rounds_of(used: Sequence[Samples], num_runs: int, num_rounds: int, seed: int) -> tuple[Array, str]:
     """(log N*, log D*) of each slice in each round [R, slices, 2], NaN without a minimum inside; and any doubt."""
     nothing = np.empty((0, len(used), 2))
-    if num_rounds == 0 or num_runs < 2:
-        return nothing, "no bootstrap." if num_rounds == 0 else "one run: nothing says how runs differ."
+    if num_rounds <= 0 or num_runs < 2:
+        return nothing, "no bootstrap." if num_rounds <= 0 else "one run: nothing says how runs differ."
     rng = np.random.default_rng(seed)
     resample = num_runs >= MIN_RESAMPLED_RUNS
     if not resample and all(len(s.value) == 3 for s in used):

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from data_pipeline.errors import UserError
 from evaluation.scaling import size_data_solver as solver
 from evaluation.scaling.points import Array, Point, columns
 from evaluation.scaling.robust import Loss, objective
@@ -81,7 +82,12 @@ def fit_size_data(
         delta: where the Huber loss turns linear, in units of log value.
         num_rounds, confidence, seed: of the bootstrap over runs; 0 rounds: none.
         run_spread: standard deviation of log value between runs that differ in seed alone, where it is known.
+
+    Raises:
+        UserError: a delta that is not positive. Anything that is wrong with the points is a status.
     """
+    if not delta > 0:
+        raise UserError(f"the Huber loss turns linear at a positive delta, such as 0.001, not at {delta:g}.")
     num_runs = len({p.run for p in points})
     refused = refusal(points)
     if refused is not None:

@@ -7,7 +7,7 @@ from the full fit and takes a few Newton steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -22,7 +22,7 @@ from evaluation.scaling.size_data_curve import Scales
 from evaluation.scaling.spread import MIN_DOF, Spread
 from evaluation.scaling.uncertainty import Interval, Method, UncertaintyStatus
 
-MIN_RESAMPLED_RUNS = 20  # with fewer, resampling leaves sizes out of many rounds
+MIN_RESAMPLED_RUNS = 50  # five parameters: percentiles over fewer resampled runs cover too seldom (89 % at 36 runs)
 MIN_VALID_SHARE = 0.8
 MIN_DIFFERENT = 3  # sizes, and amounts of data, in a round
 NAMES = ("E", "A", "alpha", "B", "beta", "size_exponent", "data_exponent")
@@ -86,15 +86,14 @@ def bootstrap_size_data(
         run_spread: standard deviation of log value between runs that differ in seed alone, where it is known.
     """
     num_runs, spread = len(full.columns.runs), None
+    step = max(1, _BLOCK // len(full.weights))
+    blocks = [(min(step, num_rounds - i), seed + i) for i in range(0, num_rounds, step)]  # rounds, and their seed
     if num_runs >= MIN_RESAMPLED_RUNS:
-        found = np.concatenate(list(_resampled(full, num_rounds, seed)))
+        found = np.concatenate([_resampled(full, *block) for block in blocks])
     else:
         residual = -solver.residuals(full.problem, full.theta[None])[0]
         spread = _spread(full, residual, run_spread)
-        law = full.problem.log_y - residual
-        log_y = redraw(full.columns, law, spread, num_rounds=num_rounds, seed=seed)
-        rows = solver.Problem(full.problem.u, full.problem.v, log_y, full.problem.upper)
-        found = full.rounds(rows, np.broadcast_to(full.weights, log_y.shape))
+        found = np.concatenate([_redrawn(full, residual, spread, *block) for block in blocks])
     found = found[_inside(found)]
     status, message = _status(spread, len(found), num_rounds)
     method: Method = "resample" if spread is None else "redraw"
@@ -116,16 +115,22 @@ def _with_samples(result: SizeDataBootstrap, samples: Array) -> SizeDataBootstra
     )
 
 
-def _resampled(full: FullFit, num_rounds: int, seed: int) -> Iterator[Array]:
-    """Parameters [V, 5] of the rounds of resampled runs that have enough sizes and amounts of data, block by block."""
+def _resampled(full: FullFit, num_rounds: int, seed: int) -> Array:
+    """Parameters [V, 5] of the rounds of resampled runs that have enough sizes and amounts of data."""
     rng, num_runs = np.random.default_rng(seed), len(full.columns.runs)
-    step = max(1, _BLOCK // len(full.weights))
-    for i in range(0, num_rounds, step):
-        drawn = rng.multinomial(num_runs, np.full(num_runs, 1 / num_runs), size=min(step, num_rounds - i))
-        counts = drawn[:, full.columns.run].astype(np.float64)
-        sizes, amounts = (_num_different(logs, counts) for logs in (full.scales.log_n, full.scales.log_d))
-        enough = (sizes >= MIN_DIFFERENT) & (amounts >= MIN_DIFFERENT)
-        yield full.rounds(full.problem, counts[enough] * full.weights)
+    drawn = rng.multinomial(num_runs, np.full(num_runs, 1 / num_runs), size=num_rounds)
+    counts = drawn[:, full.columns.run].astype(np.float64)
+    sizes, amounts = (_num_different(logs, counts) for logs in (full.scales.log_n, full.scales.log_d))
+    enough = (sizes >= MIN_DIFFERENT) & (amounts >= MIN_DIFFERENT)
+    return full.rounds(full.problem, counts[enough] * full.weights)
+
+
+def _redrawn(full: FullFit, residual: Array, spread: Spread, num_rounds: int, seed: int) -> Array:
+    """Parameters [num_rounds, 5] of rounds of new runs about the law."""
+    problem = full.problem
+    log_y = redraw(full.columns, problem.log_y - residual, spread, num_rounds=num_rounds, seed=seed)
+    rows = solver.Problem(problem.u, problem.v, log_y, problem.upper)
+    return full.rounds(rows, np.broadcast_to(full.weights, log_y.shape))
 
 
 def _spread(full: FullFit, residual: Array, given: float | None) -> Spread:

@@ -10,6 +10,7 @@ import pytest
 from scipy.optimize import minimize
 from size_data_points import TRUE, chinchilla, curves
 
+from data_pipeline.errors import UserError
 from evaluation.scaling.points import Point
 from evaluation.scaling.robust import LOSSES, Loss, huber, objective
 from evaluation.scaling.size_data import SizeDataFit, fit_size_data
@@ -145,7 +146,7 @@ def test_the_projected_problem_is_well_conditioned() -> None:
     assert fit.projected_condition_number < 10
 
 
-@pytest.mark.parametrize("num_seeds", [2, 4])  # 12 runs are redrawn, 24 are resampled
+@pytest.mark.parametrize("num_seeds", [2, 9])  # 12 runs are redrawn, 54 are resampled
 def test_the_unit_of_the_bootstrap_is_the_run(num_seeds: int) -> None:
     """Repeating every point of a run adds nothing: the intervals stay, as they would not if points were drawn."""
     points = curves(between=0.005, num_seeds=num_seeds)
@@ -240,6 +241,12 @@ def test_a_term_that_the_points_do_not_show_is_unidentified(curve: SizeDataCurve
     fit = fit_size_data(curves(curve, between=0.01, within=0.01, num_seeds=2, seed=seed), num_rounds=100)
     assert fit.status == "unidentified"
     assert fit.message
+
+
+def test_a_delta_that_is_not_positive_is_refused() -> None:
+    for delta in (0.0, -1.0, float("nan")):
+        with pytest.raises(UserError, match="positive delta"):
+            fit_size_data(curves(), delta=delta)
 
 
 def test_wide_intervals_make_a_fit_unidentified() -> None:

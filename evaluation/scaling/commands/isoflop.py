@@ -31,6 +31,8 @@ def add(subparsers: Any) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Run the command. Raises DataError or UserError."""
+    if arguments.num_budgets < 1:
+        raise UserError(f"--num-budgets {arguments.num_budgets} is not a positive number.")
     points = chosen_points(arguments)
     require_one_kind(points)
     result = isoflop(
