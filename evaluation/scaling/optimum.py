@@ -193,6 +193,8 @@ def _warnings(fit: SizeDataFit, cost: Cost, factors: tuple[float, float, float])
     found = []
     if fit.status != "ok":
         found.append(f"the fit of L(N, D) is {fit.status}: {fit.message}")
+    if fit.outliers:
+        found.append(f"{len(fit.outliers)} of {fit.num_points} points lie far off the law.")
     if fit.bootstrap is not None and fit.bootstrap.status != "ok":
         found.append(f"intervals: {fit.bootstrap.message}")
     for name, factor in zip(("compute", "size", "number of images"), factors, strict=True):

@@ -24,7 +24,7 @@ from evaluation.scaling import size_data_solver as solver
 from evaluation.scaling.points import Array, Point, columns
 from evaluation.scaling.robust import Loss, objective
 from evaluation.scaling.size_data_bootstrap import FullFit, SizeDataBootstrap, bootstrap_size_data
-from evaluation.scaling.size_data_checks import Status, doubt, missing_term, refusal
+from evaluation.scaling.size_data_checks import Status, doubt, far_points, missing_term, refusal
 from evaluation.scaling.size_data_curve import SizeDataCurve, scales_of
 
 _AGREE = 1e-6  # relative difference of objectives that counts as none
@@ -52,6 +52,7 @@ class SizeDataFit:
     condition_number: float | None = None
     projected_condition_number: float | None = None
     r2_log: float | None = None  # of log value, unweighted
+    outliers: tuple[int, ...] = ()  # numbers of the points that lie far off the law; Huber and lad hardly follow them
     bootstrap: SizeDataBootstrap | None = None
 
     def to_json(self) -> dict[str, Any]:
@@ -128,6 +129,7 @@ def _certified(fit: SizeDataFit, full: FullFit, minima: solver.Minima, best: int
         imbalance=float(minima.imbalance[best]),
         condition_number=conditions[0],
         projected_condition_number=conditions[1],
+        outliers=far_points(residual),
         r2_log=1 - float(np.sum(residual**2) / np.sum((log_y - log_y.mean()) ** 2)),
     )
 

@@ -30,6 +30,8 @@ MIN_POINTS = 7  # two degrees of freedom are the least from which a scatter can 
 MIN_DIFFERENT = 3  # two sizes are joined by any exponent
 MIN_LOG_SPAN = float(np.log(2))
 MAX_CORRELATION = 0.9999  # of log N and log D: beyond, one may stand for the other
+FAR = 10.0  # robust standard deviations, beyond which a point is named
+_ROUNDING = 1e-9  # of log values
 CONFIDENCE = 0.95  # that a term is needed
 UNIDENTIFIED_WIDTH = 0.5  # E counts as unknown where its interval covers this share of what is possible
 
@@ -58,6 +60,13 @@ def refusal(points: Sequence[Point]) -> tuple[Status, str] | None:
     if abs(np.corrcoef(np.log(n), np.log(d))[0, 1]) > MAX_CORRELATION:
         return "degenerate", "size and data change only together: their exponents cannot be told apart."
     return None
+
+
+def far_points(residual: Array) -> tuple[int, ...]:
+    """Numbers of the points whose residuals [n] are no scatter like the others': more than ten robust deviations."""
+    size = np.abs(residual)
+    scale = max(1.4826 * float(np.median(size)), _ROUNDING)  # the standard deviation, if normal
+    return tuple(np.flatnonzero(size > FAR * scale).tolist())
 
 
 def missing_term(theta: Array) -> tuple[Status, str] | None:

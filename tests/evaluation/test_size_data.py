@@ -178,6 +178,17 @@ def test_intervals_cover_the_truth() -> None:
     assert sum(covered.values()) < 6 * 40, covered
 
 
+def test_points_far_off_the_law_are_named_and_hardly_move_it() -> None:
+    points = curves(within=0.002, num_seeds=2)
+    sound = fit_size_data(points)
+    assert sound.outliers == ()
+    spoilt = [dataclasses.replace(p, value=p.value * (1.5 if i in (3, 40) else 1)) for i, p in enumerate(points)]
+    fit = fit_size_data(spoilt)
+    assert fit.outliers == (3, 40)
+    assert curve_of(fit).alpha == pytest.approx(curve_of(sound).alpha, abs=0.01)
+    assert curve_of(fit).beta == pytest.approx(curve_of(sound).beta, abs=0.01)
+
+
 def test_standard_errors_weigh_points_in_least_squares_alone() -> None:
     points = [dataclasses.replace(p, stderr=0.01) for p in curves(within=0.001)]
     damaged = [dataclasses.replace(points[0], value=2 * points[0].value, stderr=10.0), *points[1:]]

@@ -34,6 +34,9 @@ def fit_text(fit: SizeDataFit) -> str:
         f"optimum    {fit.share_of_starts:.0%} of {fit.num_starts} starts agree, gradient {fit.imbalance:.1e}, "
         f"condition number {fit.condition_number:.3g} ({fit.projected_condition_number:.3g} projected)"
     )
+    if fit.outliers:
+        numbers = ", ".join(str(i + 1) for i in fit.outliers[:5]) + (", …" if len(fit.outliers) > 5 else "")
+        lines.append(f"outliers   {len(fit.outliers)} of the points lie far off the law: numbers {numbers}")
     if fit.bootstrap is not None and fit.bootstrap.message:
         lines.append(f"bootstrap  {fit.bootstrap.status}: {fit.bootstrap.message}")
     return "\n".join(lines)
