@@ -15,6 +15,7 @@ from data_pipeline.files import write_atomic, write_json
 from evaluation.report import study_report
 from evaluation.report.law_runs import curve_name, law_runs
 from evaluation.report.run_files import RunFiles
+from evaluation.report.size_charts import SizeFindings
 from evaluation.report.style import is_fitted, metric_label, size_label, split_label
 from evaluation.report.tables import fits_table, law_report
 from evaluation.scaling.law import Law, fit_law
@@ -48,8 +49,8 @@ def write_report(folder: StudyFolder) -> Report:
     text += f"\n\n{quality}" if quality else ""
     full = "\n\n\n".join([trials_table(folder, records), *(law_report(law) for law in laws), quality])
     write_atomic(folder.law / "report.txt", full + "\n")
-    _write_laws(folder, laws)
     written = study_report.write_report(folder.law, laws, _run_files(folder), title=folder.study.name)
+    _write_laws(folder, laws, written.sizes)
     drawn = [written.figures[name] for law in laws if (name := study_report.law_name(law)) in written.figures]
     return Report(text, drawn[0] if drawn else None, tuple(curve_name(law) for law in laws if law.metric != GAP))
 
@@ -84,9 +85,10 @@ def trials_table(folder: StudyFolder, records: dict[str, list[EvalRecord]]) -> s
     return format_table(header, rows)
 
 
-def _write_laws(folder: StudyFolder, laws: Sequence[Law]) -> None:
+def _write_laws(folder: StudyFolder, laws: Sequence[Law], sizes: SizeFindings | None) -> None:
     write_json(folder.law / "law.json", {"study": folder.study.name, "laws": [law.to_json() for law in laws]})
-    save_law_runs(folder.law, law_runs(laws, study=folder.study.name))
+    size_data = {curve_name(laws[0]): sizes.size_data} if sizes is not None else {}
+    save_law_runs(folder.law, law_runs(laws, study=folder.study.name, size_data=size_data))
 
 
 def _groups(points: Sequence[Point]) -> list[list[Point]]:

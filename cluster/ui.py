@@ -58,9 +58,12 @@ def main() -> int:
 def show(uri: str, server: str, *, browser: bool) -> None:
     """Print the addresses of all pages, and open the first of them where there is a display."""
     from trainer.tracking.mlflow_pages import experiment_pages
+    from trainer.tracking.mlflow_store import require_answer
 
+    with require_answer(uri):
+        found = experiment_pages(uri)
     lines = []
-    for pages in experiment_pages(uri):
+    for pages in found:
         mine = page_lines(pages, server)
         print("\n".join([f"{pages.name}:", *(f"  {line}" for line in mine)]), flush=True)
         lines += mine

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -18,16 +19,23 @@ import numpy as np
 
 from evaluation.report.palette import MUTED, form_colour
 from evaluation.scaling.law import Law, LawFit, plain_json
+from evaluation.scaling.size_data import SizeDataFit
 from trainer.tracking.points import LawRun
 
 CURVE_POINTS = 40  # drawn as dots: enough for a smooth bend, few enough to look unlike a trial
 CURVE_BEYOND = 3.0  # the fitted curve goes this factor beyond the largest compute
-FORMULAS = {"power": "a C^-b", "power_constant": "c + a C^-b", "broken": "broken power law"}
+FORMULAS = {"power": "a C^-b", "power_constant": "c + a C^-b", "broken": "broken power law",
+            "size_data": "E + A N^-α + B D^-β"}  # fmt: skip
 
 
-def law_runs(laws: Sequence[Law], *, study: str) -> list[LawRun]:
-    """One run a fit, in the order of the laws, then the report's run."""
+def law_runs(laws: Sequence[Law], *, study: str, size_data: Mapping[str, SizeDataFit] | None = None) -> list[LawRun]:
+    """One run a fit, in the order of the laws, then the report's run.
+
+    `size_data`: fits of L(N, D) by metric name, such as "nll/test".
+    """
     fits = [_fit_run(law, law_fit, study) for law in laws for law_fit in law.fits]
+    of_both = size_data or {}
+    fits += [_size_data_run(law, of_both[curve_name(law)], study) for law in laws if curve_name(law) in of_both]
     return [*fits, _report_run(laws, study)]
 
 
@@ -65,33 +73,55 @@ def _numbers(values: Mapping[str, Any]) -> Iterator[tuple[str, float]]:
 
 
 def _fit_run(law: Law, law_fit: LawFit, study: str) -> LawRun:
-    fit, metric = law_fit.fit, curve_name(law)
-    formula = FORMULAS.get(fit.form, fit.form)
-    best = law.best is not None and law.best.fit.form == fit.form
+    fit = law_fit.fit
     curve = _curve(law, law_fit)
-    message = f"\n\n{fit.status}: {fit.message}" if fit.message else ""
+    intervals = law_fit.uncertainty.status if law_fit.uncertainty else "none"
+    run = _bare_run(law, study, form=fit.form, status=fit.status, message=fit.message, intervals=intervals)
+    best = law.best is not None and law.best.fit.form == fit.form
     return _addressed(
-        LawRun(
-            id="",
-            name=f"law {metric}: {formula}",
-            study=study,
-            time=0.0,
+        dataclasses.replace(
+            run,
             metrics=fit_numbers(law_fit),
-            params={
-                "form": fit.form, "formula": formula, "status": fit.status, "flop_convention": law.flop_convention,
-                "data": law.data, "measured": law.measured, "verdict": law.verdict,
-                "intervals": law_fit.uncertainty.status if law_fit.uncertainty else "none",
-            },
-            tags={
-                "kind": "law", "metric": law.metric, "split": law.split, "form": fit.form, "status": fit.status,
-                "size": "law", "best": "yes" if best else "no", "drawn": "yes" if curve else "no",
-                "mlflow.runColor": form_colour(fit.form),
-                "mlflow.note.content": f"`{formula}` fitted to **{metric}** against training compute.{message}\n\n"
-                + "\n".join(f"- {note}" for note in law.notes),
-            },
-            curves={metric: curve} if curve else {},
+            tags=run.tags | {"best": "yes" if best else "no", "drawn": "yes" if curve else "no"},
+            curves={curve_name(law): curve} if curve else {},
             documents={"fit.json": plain_json(dataclasses.asdict(law_fit))},
         )
+    )
+
+
+def _size_data_run(law: Law, fit: SizeDataFit, study: str) -> LawRun:
+    """L(N, D) has no curve of compute alone, so it is a row of the table and not drawn."""
+    intervals = fit.bootstrap.status if fit.bootstrap else "none"
+    run = _bare_run(law, study, form="size_data", status=fit.status, message=fit.message, intervals=intervals)
+    numbers = dict(_numbers({field.name: getattr(fit, field.name) for field in dataclasses.fields(fit)}))
+    intervals_of = {
+        f"{name}_interval": ends for name, ends in (fit.bootstrap.intervals if fit.bootstrap else {}).items()
+    }
+    for name, number in _numbers((fit.curve.to_json() if fit.curve else {}) | intervals_of):
+        numbers[re.sub(r"^E(?=_|$)", "constant", name)] = number  # what it is called in the other forms
+    document = {"fit.json": plain_json(fit.to_json())}
+    return _addressed(dataclasses.replace(run, metrics=numbers, documents=document))
+
+
+def _bare_run(law: Law, study: str, *, form: str, status: str, message: str, intervals: str) -> LawRun:
+    """What every fit says of itself beside its numbers."""
+    metric, formula = curve_name(law), FORMULAS.get(form, form)
+    notes = "\n".join(f"- {note}" for note in law.notes)
+    reason = f"\n\n{status}: {message}" if message else ""
+    return LawRun(
+        id="",
+        name=f"law {metric}: {formula}",
+        study=study,
+        time=0.0,
+        params={
+            "form": form, "formula": formula, "status": status, "intervals": intervals, "verdict": law.verdict,
+            "flop_convention": law.flop_convention, "data": law.data, "measured": law.measured,
+        },
+        tags={
+            "kind": "law", "metric": law.metric, "split": law.split, "form": form, "status": status, "size": "law",
+            "best": "no", "drawn": "no", "mlflow.runColor": form_colour(form),
+            "mlflow.note.content": f"`{formula}` fitted to **{metric}**.{reason}\n\n{notes}",
+        },
     )  # fmt: skip
 
 

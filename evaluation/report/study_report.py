@@ -53,6 +53,7 @@ class ReportFiles:
     """What was written."""
 
     html: Path
+    sizes: SizeFindings | None  # of the main law
     figures: dict[str, Path]  # PNG by name, such as "nll_test", "nll_test_curves", "samples"; most have an SVG beside
 
 
@@ -77,7 +78,7 @@ def write_report(folder: Path, laws: Sequence[Law], runs: Sequence[RunFiles], *,
     if strips:
         figures["samples"] = folder / "samples.png"
         save_figure(draw_samples(strips, title="Samples along training"), figures["samples"])
-    return ReportFiles(folder / "report.html", figures)
+    return ReportFiles(folder / "report.html", sizes, figures)
 
 
 def law_name(law: Law) -> str:

@@ -15,11 +15,11 @@ import pytest
 import yaml
 from tracking_records import FLOPS, eval_record, write_eval, write_records
 
-from data_pipeline.errors import UserError
+from data_pipeline.errors import DataError, UserError
 from evaluation.report.mlflow_views import experiment_tags
 from trainer.tracking.follow import follow
 from trainer.tracking.mlflow_pages import experiment_pages
-from trainer.tracking.mlflow_store import Tracker, connect, search_runs
+from trainer.tracking.mlflow_store import Tracker, connect, require_answer, search_runs
 from trainer.tracking.mlflow_sync import NOTE_TAG, sync_folder, sync_law, sync_run
 from trainer.tracking.points import LawRun, eval_points, flatten, load_law_runs, save_law_runs, train_points
 from trainer.tracking.records import EvalRecord, Place, TrainRecord, read_new_train_records
@@ -239,6 +239,14 @@ def test_a_tracker_that_is_down_is_a_message_without_credentials(monkeypatch: py
     assert "does not answer" in str(caught.value)
     assert "hunter22" not in str(caught.value)
     assert "somebody" not in str(caught.value)
+
+
+def test_a_tracker_that_refuses_us_says_what_to_set() -> None:
+    refused = OSError("API request failed with error code 401 != 200. Response body: hunter22")
+    with pytest.raises(DataError) as caught, require_answer("http://somebody:hunter22@host", DataError):
+        raise refused
+    assert "MLflow at http://***@host does not let us in: set MLFLOW_TRACKING_USERNAME" in str(caught.value)
+    assert "hunter22" not in str(caught.value)
 
 
 def test_following_survives_failures_reports_each_series_once_and_makes_a_last_pass() -> None:

@@ -134,8 +134,8 @@ def connect(uri: str | None, experiment: str, *, attempts: int = 3) -> Tracker:
         except Exception as error:  # whatever the store or the network says
             if attempt == attempts - 1:
                 raise UserError(
-                    f"MLflow at {redact(uri)} does not answer: {redact(str(error), uri)[:300]}. The records are "
-                    "safe in the run folders: start the server or give another --tracking-uri, and try again."
+                    f"{_refusal(uri, error)} The records are safe in the run folders: start the server or give another "
+                    "--tracking-uri, and try again."
                 ) from None
         time.sleep(backoff.next())
     raise AssertionError("unreachable")
@@ -149,7 +149,18 @@ def require_answer(uri: str, kind: type[UserError] = UserError) -> Iterator[None
     except UserError:
         raise
     except Exception as error:
-        raise kind(f"MLflow at {redact(uri)} does not answer: {redact(str(error), uri)[:300]}.") from None
+        raise kind(_refusal(uri, error)) from None
+
+
+def _refusal(uri: str, error: Exception) -> str:
+    """Why a store was of no use, without credentials."""
+    text = redact(str(error), uri)
+    if "error code 401" in text or "error code 403" in text:
+        return (
+            f"MLflow at {redact(uri)} does not let us in: set MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, "
+            "or MLFLOW_TRACKING_TOKEN, to those of somebody who may."
+        )
+    return f"MLflow at {redact(uri)} does not answer: {text[:300]}."
 
 
 def search_runs(client: MlflowClient, experiment_id: str, query: str = "") -> Iterator[Run]:
