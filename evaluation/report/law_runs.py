@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from evaluation.report.palette import MUTED, form_colour
+from evaluation.scaling.forms import Curve
 from evaluation.scaling.law import Law, LawFit, plain_json
 from evaluation.scaling.size_data import SizeDataFit
 from trainer.tracking.points import LawRun
@@ -77,12 +78,14 @@ def _fit_run(law: Law, law_fit: LawFit, study: str) -> LawRun:
     curve = _curve(law, law_fit)
     intervals = law_fit.uncertainty.status if law_fit.uncertainty else "none"
     run = _bare_run(law, study, form=fit.form, status=fit.status, message=fit.message, intervals=intervals)
+    note = f"{_equation(law_fit)}{run.tags['mlflow.note.content']}"
     best = law.best is not None and law.best.fit.form == fit.form
     return _addressed(
         dataclasses.replace(
             run,
             metrics=fit_numbers(law_fit),
-            tags=run.tags | {"best": "yes" if best else "no", "drawn": "yes" if curve else "no"},
+            tags=run.tags
+            | {"best": "yes" if best else "no", "drawn": "yes" if curve else "no", "mlflow.note.content": note},
             curves={curve_name(law): curve} if curve else {},
             documents={"fit.json": plain_json(dataclasses.asdict(law_fit))},
         )
@@ -132,6 +135,15 @@ def _report_run(laws: Sequence[Law], study: str) -> LawRun:
     tags = {"kind": "report", "size": "report", "mlflow.runColor": MUTED, "drawn": "no"}
     tags["mlflow.note.content"] = note + "\n\n".join(verdicts)
     return LawRun(f"{study}-report", "report", study, 0.0, tags=tags, carries_files=True)
+
+
+def _equation(law_fit: LawFit) -> str:
+    """The fitted law with its numbers, for a form that is written so."""
+    curve = law_fit.fit.curve
+    if not isinstance(curve, Curve):
+        return ""
+    constant = f"{curve.constant:.4g} + " if curve.constant else ""
+    return f"**y = {constant}{10**curve.log10_coefficient:.4g} C^-{curve.exponent:.4g}**\n\n"
 
 
 def _curve(law: Law, law_fit: LawFit) -> list[list[float]]:

@@ -17,7 +17,8 @@ from trainer.tracking.points import flatten, records_by_name
 from trainer.tracking.records import FLOP_CONVENTION, EvalRecord, Evaluation
 from trainer.tracking.uri import is_secret, public_place
 
-MEASURED_TAG = "measured "  # and the metric's name
+# And the metric's name. The UI shows no tags of this prefix: these are long, and for `mlflow_points` to read.
+MEASURED_TAG = "mlflow.measured."
 _ABOUT = ("seed", "num_params", "flops_per_image", "data_fingerprint")
 _DIGEST_LENGTH = 32  # of MLflow's 36 characters
 
@@ -57,6 +58,7 @@ def run_tags(about: Mapping[str, Any], evaluations: Sequence[Evaluation]) -> dic
     """
     tags = {name: str(about[name]) for name in _ABOUT if name in about}
     tags |= {"kind": "trial", "drawn": "yes", "flop_convention": FLOP_CONVENTION}
+    tags |= {"mlflow.note.content": _description(about)} if "num_params" in about else {}
     for key, records in records_by_name(r for evaluation in evaluations for r in evaluation.records).items():
         tags[MEASURED_TAG + key] = _measured(records)
     return tags | {str(key): str(value) for key, value in about.get("tags", {}).items()}
@@ -86,6 +88,14 @@ def run_files(folder: Path, evaluations: Iterable[Evaluation]) -> Iterator[tuple
     for evaluation in evaluations:  # its pictures and arrays were there before it
         where = f"evals/{evaluation.path.parent.name}/{evaluation.name}"
         yield from ((path, where) for path in sorted(evaluation.path.with_suffix("").glob("*")))
+
+
+def _description(about: Mapping[str, Any]) -> str:
+    flops = f", {about['flops_per_image']:.4g} training FLOPs an image" if "flops_per_image" in about else ""
+    return (
+        f"{about['num_params']:,} parameters{flops}, seed {about.get('seed', 0)}. Steps are images seen; the "
+        "evaluations have the training compute so far in `compute`, and, in GFLOP, as the step of their copies `by GFLOP`."
+    )
 
 
 def _measured(records: Sequence[EvalRecord]) -> str:
