@@ -20,7 +20,8 @@ from evaluation.report.mlflow_views import experiment_tags
 from trainer.tracking.follow import follow
 from trainer.tracking.mlflow_pages import experiment_pages
 from trainer.tracking.mlflow_store import Tracker, connect, require_answer, search_runs
-from trainer.tracking.mlflow_sync import NOTE_TAG, sync_folder, sync_law, sync_run
+from trainer.tracking.mlflow_study import NOTE_TAG, sync_law
+from trainer.tracking.mlflow_sync import sync_folder, sync_run
 from trainer.tracking.points import LawRun, eval_points, flatten, load_law_runs, save_law_runs, train_points
 from trainer.tracking.records import EvalRecord, Place, TrainRecord, read_new_train_records
 from trainer.tracking.uri import redact

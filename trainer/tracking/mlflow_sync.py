@@ -11,34 +11,31 @@ an earlier life of the run has already sent is not sent again after a resume.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, astuple, dataclass, field
+from dataclasses import asdict, astuple
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UserError, run_cli
 from data_pipeline.files import write_json
+from trainer.tracking.cursor import Cursor, read_cursor
 from trainer.tracking.follow import StopRequest, follow
 from trainer.tracking.mlflow_store import (
-    RUN_ID_TAG,
     Tracker,
     connect,
     exclusive,
     file_mark,
 )
+from trainer.tracking.mlflow_study import law_files, sync_experiment, sync_law
 from trainer.tracking.points import (
     EXPERIMENT_FILE,
     LAW_FILE,
     NUM_PARAMS,
     TRAIN_COMPUTE,
-    LawRun,
     Point,
     eval_points,
-    law_points,
-    load_law_runs,
     records_by_name,
     train_points,
 )
@@ -62,23 +59,7 @@ from trainer.tracking.run_view import (
 )
 from trainer.tracking.uri import default_uri, redact
 
-STUDY_TAG, KIND_TAG = "study", "kind"
-NOTE_TAG = "mlflow.note.content"
 _CONFIG = "config.yaml"
-
-
-@dataclass
-class Cursor:
-    """What the tracker already has of one run folder."""
-
-    run: str  # MLflow's id of the run
-    train_nimg: int = -1  # training records up to here
-    place: list[Any] = field(default_factory=list)  # of the next one, see Place
-    evals: dict[str, list[int]] = field(default_factory=dict)  # steps by metric name
-    files: dict[str, list[int]] = field(default_factory=dict)  # artifacts: [size, mtime in ns]
-    data: list[str] = field(default_factory=list)  # data sets
-    state: list[Any] = field(default_factory=list)  # of the folder when all this was sent
-    finished: bool = False
 
 
 def sync_run(folder: Path, tracker: Tracker, *, tags: Mapping[str, str] | None = None) -> str | None:
@@ -89,7 +70,7 @@ def sync_run(folder: Path, tracker: Tracker, *, tags: Mapping[str, str] | None =
     about = json.loads((folder / "run.json").read_text())
     path = folder / tracker.cursor_name
     with exclusive(folder / f"{tracker.cursor_name}.lock"):
-        cursor = _read_cursor(path)
+        cursor = read_cursor(path)
         started = None if cursor else _started(folder)
         run = tracker.open_run(about["id"], about["name"], started, known=cursor.run if cursor else None)
         run_id = str(run.info.run_id)
@@ -147,62 +128,6 @@ def _send_config(folder: Path, tracker: Tracker, text: str, cursor: Cursor) -> N
         cursor.files[_CONFIG] = file_mark(path)
 
 
-def sync_law(folder: Path, tracker: Tracker) -> list[str]:
-    """Send a `law` folder: each fit as a run of its own, and the files as those of the report's run.
-
-    What the study's tracker holds of fits that are no more is removed. Returns MLflow's run ids.
-    """
-    laws = load_law_runs(folder)
-    with exclusive(folder / f"{tracker.cursor_name}.lock"):
-        run_ids = [_send_law(law, folder, tracker) for law in laws]
-        # The newest fits are drawn over the trials; older ones would be drawn too. MLflow keeps them in its bin.
-        for study in {law.study for law in laws}:
-            for old in tracker.find_runs({STUDY_TAG: study, KIND_TAG: "law"}):
-                if old.info.run_id not in run_ids:
-                    tracker.client.delete_run(old.info.run_id)
-    return run_ids
-
-
-def _send_law(law: LawRun, folder: Path, tracker: Tracker) -> str:
-    run = tracker.open_run(law.id, law.name, law.time)
-    run_id = str(run.info.run_id)
-    tracker.describe(run, law.params, law.tags | {RUN_ID_TAG: law.id, STUDY_TAG: law.study})
-    if run.info.status != "FINISHED":  # else all is there: the id is made from the content
-        tracker.send(run_id, law_points(law))
-        for name, document in law.documents.items():
-            tracker.client.log_dict(run_id, document, name)
-        tracker.client.set_terminated(run_id, "FINISHED", int(law.time * 1000))
-    if law.carries_files:
-        path = folder / tracker.cursor_name
-        cursor = _read_cursor(path)
-        if cursor is None or cursor.run != run_id:
-            cursor = Cursor(run_id)
-        tracker.upload(run_id, _law_files(folder), cursor.files)
-        write_json(path, asdict(cursor))
-    return run_id
-
-
-def _law_files(folder: Path) -> list[tuple[Path, str | None]]:
-    """The files of a `law` folder, with their folders among the artifacts."""
-    shown = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
-    places = {path: path.parent.relative_to(folder).as_posix() for path in shown}
-    return [(path, None if place == "." else place) for path, place in places.items()]
-
-
-def sync_experiment(folder: Path, tracker: Tracker) -> None:
-    """Send the experiment's tags (`experiment.json`: saved views, a description) where they differ."""
-    tags: dict[str, str] = json.loads((folder / EXPERIMENT_FILE).read_text())
-    experiment_id = tracker.experiment_id
-    reports = tracker.find_runs({KIND_TAG: "report"})
-    ids = {"{experiment}": experiment_id, "{report}": reports[0].info.run_id if reports else ""}
-    there = tracker.client.get_experiment(experiment_id).tags
-    for key, value in tags.items():
-        for name, found in ids.items():
-            value = value.replace(name, found) if key == NOTE_TAG else value
-        if there.get(key) != value:
-            tracker.client.set_experiment_tag(experiment_id, key, value)
-
-
 def sync_folder(folder: Path, tracker: Tracker, seen: dict[Path, Any]) -> bool:
     """One pass over a run or study folder, leaving out what has not changed since `seen`. True: all is complete."""
     runs, study = run_folders(folder), (folder / "trials").is_dir()
@@ -213,7 +138,7 @@ def sync_folder(folder: Path, tracker: Tracker, seen: dict[Path, Any]) -> bool:
             seen[run] = state
     law = folder / "law"
     if (law / LAW_FILE).exists():
-        state = [[str(path), *file_mark(path)] for path, _ in _law_files(law)]
+        state = [[str(path), *file_mark(path)] for path, _ in law_files(law)]
         if seen.get(law) != state:
             sync_law(law, tracker)
             seen[law] = state
@@ -232,12 +157,6 @@ def run_folders(folder: Path) -> list[Path]:
     if (folder / "trials").is_dir():
         return sorted(path.parent for path in folder.glob("trials/*/run.json"))
     return [folder] if (folder / "run.json").exists() else []
-
-
-def _read_cursor(path: Path) -> Cursor | None:
-    with contextlib.suppress(OSError, ValueError, TypeError):
-        return Cursor(**json.loads(path.read_text()))
-    return None
 
 
 def _ask_tracker(tracker: Tracker, run_id: str, folder: Path) -> Cursor:

@@ -94,7 +94,7 @@ def _description(about: Mapping[str, Any]) -> str:
     flops = f", {about['flops_per_image']:.4g} training FLOPs an image" if "flops_per_image" in about else ""
     return (
         f"{about['num_params']:,} parameters{flops}, seed {about.get('seed', 0)}. Steps are images seen; the "
-        "evaluations have the training compute so far in `compute`, and, in GFLOP, as the step of their copies `by GFLOP`."
+        "evaluations have the training compute so far in `compute`; their copies `by GFLOP` have it as the step."
     )
 
 
