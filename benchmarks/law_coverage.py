@@ -1,6 +1,6 @@
 """How often do a law's 95 % intervals hold the truth? Studies simulated with a real study's design, fitted end to end.
 
-    python -m benchmarks.law_coverage [--points POINTS.csv] [--studies 400] [--json FILE]
+    python -m benchmarks.law_coverage [--points POINTS.csv] [--studies 400] [--scales 1,1.5,3] [--json FILE]
 
 The design is that of the points given: sizes, computes and learning curves, smoothed along each size. New runs scatter
 about those curves with the spread that the study itself shows, between seeds and along a run. Each simulated study goes
@@ -31,7 +31,7 @@ from evaluation.scaling.points import Point, columns
 from evaluation.scaling.rounds import Question
 from evaluation.scaling.seeds import average_seeds
 from evaluation.scaling.sources import Selection, read_points
-from evaluation.scaling.spread import smoothed, spread_of_curves
+from evaluation.scaling.spread import Smoother, spread_of_curves
 
 FORMS: tuple[Form, ...] = ("power", "power_constant")
 NAMES = {"power": ("exponent", "amplitude"), "power_constant": ("exponent", "constant", "amplitude")}
@@ -64,7 +64,8 @@ def design_of(points: Sequence[Point]) -> Design:
     """Smooth curves and spread of a study with several seeds a size."""
     admitted, _ = admit(points)
     curves = average_seeds(admitted)
-    log_values, _ = smoothed(columns(curves))
+    c = columns(curves)
+    log_values = Smoother(c)(np.log(c.value)[None])[0]
     smooth = [dataclasses.replace(p, value=float(np.exp(v))) for p, v in zip(curves, log_values, strict=True)]
     spread = spread_of_curves(admitted)
     per_run = len(curves) / len({p.run for p in curves})
@@ -180,18 +181,19 @@ def main() -> None:
     parser.add_argument("--studies", type=int, default=400)
     parser.add_argument("--rounds", type=int, default=500, help="of each study's intervals")
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--scales", default="1,1.5,3", metavar="F,…", help="multiples of the study's own spread")
     a = parser.parse_args()
-    design = design_of(read_points(str(a.points), selection=Selection(a.metric, a.split)))
-    print(f"spread between seeds {design.between:.2%}, along a run {design.within:.2%} (standard deviations)")
+    study = design_of(read_points(str(a.points), selection=Selection(a.metric, a.split)))
     lines = []
-    for num_seeds in (1, 2, 3, 5):
-        for line in coverage(design, num_seeds, a.studies, Settings(num_rounds=a.rounds), os.cpu_count() or 1):
-            lines.append(line)
-            print(json.dumps(line))
+    for scale in (float(word) for word in a.scales.split(",")):
+        design = dataclasses.replace(study, between=scale * study.between, within=scale * study.within)
+        print(f"spread between seeds {design.between:.2%}, along a run {design.within:.2%} (standard deviations)")
+        for num_seeds in (1, 2, 3, 5):
+            for line in coverage(design, num_seeds, a.studies, Settings(num_rounds=a.rounds), os.cpu_count() or 1):
+                lines.append({"between": design.between, "within": design.within} | line)
+                print(json.dumps(line), flush=True)
     if a.json:
-        write_json(
-            a.json, {"design": str(a.points.name), "between": design.between, "within": design.within, "rows": lines}
-        )
+        write_json(a.json, {"design": a.points.name, "rows": lines})
 
 
 if __name__ == "__main__":

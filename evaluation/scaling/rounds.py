@@ -1,4 +1,4 @@
-"""One form fitted in many rounds at once, and what the rounds say together: percentile intervals."""
+"""One form fitted in many rounds at once."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ from evaluation.scaling.broken import solve_broken, solve_broken_rounds
 from evaluation.scaling.forms import MIN_LOG_SPAN, MIN_POINTS, Form, Scale, base_weights, scale_of
 from evaluation.scaling.points import Array
 from evaluation.scaling.solver import solve_power, solve_power_constant
-from evaluation.scaling.uncertainty import Interval, Prediction, Uncertainty, UncertaintyStatus
 
-MIN_VALID_SHARE = 0.8
 _BELOW_MIN = 1 - 1e-9  # c < min y
 
 
@@ -55,7 +53,7 @@ def solve_rounds(draws: Draws, question: Question) -> Rounds:
     counts = draws.counts[valid]
     value = draws.value if draws.value.ndim == 1 else draws.value[valid]
     scale = scale_of(draws.compute)
-    t, at = scale.t(draws.compute), np.concatenate([question.band_compute, _targets(question)])
+    t, at = scale.t(draws.compute), np.concatenate([question.band_compute, targets(question)])
     weights = counts * base_weights(value, draws.stderr, question.form, question.constant)
     if question.form == "broken":
         return _broken_rounds(draws, value, weights, question, at)
@@ -96,38 +94,8 @@ def _broken_rounds(draws: Draws, value: Array, weights: Array, question: Questio
     return Rounds(parameters, curves[:, :m], curves[:, m:])
 
 
-def summarise(
-    rounds: Rounds, question: Question, fitted: Array, *, num_rounds: int, confidence: float
-) -> tuple[UncertaintyStatus, str, dict[str, Interval], Array, tuple[Prediction, ...]]:
-    """Status, message, intervals by parameter, band [2, m] and predictions.
-
-    Args:
-        fitted: what the fit itself predicts at the question's factors.
-    """
-    num_valid = len(rounds.band)
-    if num_valid < 0.5 * num_rounds:
-        message = f"the form could be fitted in only {num_valid} of {num_rounds} rounds."
-        return "failed", message, {}, np.empty((2, 0)), ()
-    tails = [50 * (1 - confidence), 50 * (1 + confidence)]
-    intervals = {name: _pair(np.percentile(values, tails)) for name, values in rounds.parameters.items()}
-    band = np.percentile(rounds.band, tails, axis=0)
-    ends = np.percentile(rounds.predictions, tails, axis=0)
-    predictions = tuple(
-        Prediction(float(compute), factor, float(value), float(low), float(high))
-        for compute, factor, value, low, high in zip(_targets(question), question.factors, fitted, *ends, strict=True)
-    )
-    if num_valid < MIN_VALID_SHARE * num_rounds:
-        message = f"the form could not be fitted in {num_rounds - num_valid} of {num_rounds} rounds."
-        return "unstable", message, intervals, band, predictions
-    return "ok", "", intervals, band, predictions
-
-
-def failed(message: str, num_runs: int, num_frontier_runs: int, num_rounds: int, confidence: float) -> Uncertainty:
-    """No intervals, and why."""
-    return Uncertainty("failed", message, "none", num_runs, num_frontier_runs, num_rounds, 0, confidence)
-
-
-def _targets(question: Question) -> Array:
+def targets(question: Question) -> Array:
+    """The computes at which a prediction is wanted."""
     return question.max_compute * np.array(question.factors)
 
 
@@ -144,7 +112,3 @@ def _determined(draws: Draws, form: Form) -> NDArray[np.bool_]:
     x = log_compute[starts]
     span = np.where(present, x, -np.inf).max(axis=1) - np.where(present, x, np.inf).min(axis=1)
     return np.asarray((present.sum(axis=1) >= MIN_POINTS[form] - 1) & (span >= MIN_LOG_SPAN))
-
-
-def _pair(values: Array) -> Interval:
-    return float(values[0]), float(values[1])

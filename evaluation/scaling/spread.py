@@ -33,6 +33,33 @@ class Spread:
     source: SpreadSource  # of the spread between runs
 
 
+class Smoother:
+    """Smooths log values along each run of some points: a polynomial in log compute, or nothing for short runs.
+
+    Cubic where a run has six points or more, quadratic at five, and the points as they are below.
+    """
+
+    def __init__(self, c: Columns) -> None:
+        self.degrees_of_freedom = np.bincount(c.run, minlength=len(c.runs))  # taken, by run
+        self._projections: list[tuple[NDArray[np.int64], Array]] = []
+        for run, size in enumerate(self.degrees_of_freedom.tolist()):
+            own = np.flatnonzero(c.run == run)
+            degree = 3 if size >= 6 else 2
+            x = np.log(c.compute[own])
+            if size < 5 or len(np.unique(x)) <= degree:
+                continue
+            q, _ = np.linalg.qr(np.vander((x - x.mean()) / x.std(), degree + 1))
+            self._projections.append((own, q))
+            self.degrees_of_freedom[run] = degree + 1
+
+    def __call__(self, log_values: Array) -> Array:
+        """Smooth values [R, n] of log values [R, n]."""
+        smooth = np.array(log_values)
+        for own, q in self._projections:
+            smooth[:, own] = (log_values[:, own] @ q) @ q.T
+        return smooth
+
+
 def spread_of_curves(points: Sequence[Point], given: float | None = None) -> Spread:
     """The spread of runs about smooth curves of their own, from repeated seeds, or given.
 
@@ -70,31 +97,12 @@ def spread_about_law(c: Columns, log_residual: Array, num_parameters: int, given
     return Spread(everything, 0, within, max(within_dof, 1), "unknown")
 
 
-def smoothed(c: Columns) -> tuple[Array, NDArray[np.int64]]:
-    """Log values [n] smoothed along each run, and how many degrees of freedom that took, by run [runs].
-
-    A polynomial in log compute: cubic where a run has six points or more, and none (the points as they are) below five.
-    """
-    smooth, taken = np.log(c.value), np.bincount(c.run, minlength=len(c.runs))
-    for run, size in enumerate(taken):
-        own = np.flatnonzero(c.run == run)
-        degree = 3 if size >= 6 else 2
-        x = np.log(c.compute[own])
-        if size < 5 or len(np.unique(x)) <= degree:
-            continue
-        powers = np.vander((x - x.mean()) / x.std(), degree + 1)
-        q, _ = np.linalg.qr(powers)
-        smooth[own] = q @ (q.T @ smooth[own])
-        taken[run] = degree + 1
-    return smooth, taken
-
-
 def _along_curves(c: Columns) -> tuple[float, float, float]:
     """Standard deviation of points about their own smooth curve, its degrees of freedom, and points a run."""
-    smooth, taken = smoothed(c)
-    residual = np.log(c.value) - smooth
+    smoother, log_value = Smoother(c), np.log(c.value)
+    residual = log_value - smoother(log_value[None])[0]
     counts = np.bincount(c.run)
-    dof = float(len(residual) - taken.sum())
+    dof = float(len(residual) - smoother.degrees_of_freedom.sum())
     per_run = float(counts.mean())
     if dof >= 1:
         return float(np.sqrt(residual @ residual / dof)), dof, per_run

@@ -16,7 +16,7 @@ from evaluation.scaling.law import fit_law
 from evaluation.scaling.one_fit import OneFit, fit_one
 from evaluation.scaling.points import Point, columns
 from evaluation.scaling.redraw import redraw, seeds_of_means
-from evaluation.scaling.spread import Spread, smoothed, spread_about_law, spread_of_curves
+from evaluation.scaling.spread import Smoother, Spread, spread_about_law, spread_of_curves
 
 
 def seeds(num: int, *, between: float, within: float, seed: int = 0, num_points: int = 8) -> list[Point]:
@@ -70,7 +70,7 @@ def test_the_spread_about_a_law_counts_runs_not_points() -> None:
 def test_drawn_studies_scatter_as_the_spread_says() -> None:
     points = seeds(1, between=0.0, within=0.0)
     c = columns(points)
-    mean, _ = smoothed(c)
+    mean = Smoother(c)(np.log(c.value)[None])[0]
     spread = Spread(between=0.02, between_dof=np.inf, within=0.01, within_dof=np.inf, source="given")
     drawn = redraw(c, mean, spread, num_rounds=4000, seed=0) - mean
     levels = np.stack([drawn[:, c.run == run].mean(axis=1) for run in range(5)], axis=1)
