@@ -49,6 +49,11 @@ def take(page: Page, name: str, address: str, path: Path) -> None:
     page.open(address, width=width, height=height)
     page.wait(lambda: "matching run" in page.text() or page.driver.find_elements("css selector", "iframe"), name)
     page.settle(6.0)
+    if name == "Report":
+        with page.frame():  # to its first figure
+            page.wait(lambda: page.driver.find_elements("css selector", ".js-plotly-plot"), "a figure")
+            page.driver.execute_script("document.querySelector('.js-plotly-plot').scrollIntoView({block: 'center'})")
+        page.settle(2.0)
     page.driver.save_screenshot(str(path))
     shrink(path)
 
