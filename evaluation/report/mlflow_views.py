@@ -185,7 +185,7 @@ def _fits_view() -> SavedView:
         "constant", "constant_low", "constant_high", "exponent", "exponent_low", "exponent_high", "held_out_error",
         "num_points", "r2_log",
     )  # fmt: skip
-    columns = [*(f"metrics.`{name}`" for name in numbers), "tags.`status`", "tags.`best`"]
+    columns = [*(f"metrics.`{name}`" for name in numbers), "params.`intervals`", "tags.`status`", "tags.`best`"]
     about = "a row a fit: parameters with intervals, quality, certificate"
     return SavedView("fits", "Fits", about, (), "tags.kind = 'law'", columns, "attributes.run_name")
 
