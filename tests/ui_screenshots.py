@@ -20,7 +20,7 @@ from cluster.ui import serving
 from trainer.tracking.mlflow_pages import experiment_pages
 
 # Width and height of the window: as much as a person would have after closing the messages.
-_WINDOWS = {"Fits": (1800, 900), "Report": (1400, 1300), "Scaling curves": (1400, 1150)}
+_WINDOWS = {"Fits": (1950, 960), "Report": (1400, 1300), "Scaling curves": (1400, 1150)}
 _WINDOW = (1400, 1150)
 _WIDTH, _COLOURS, _MOST_BYTES = 1400, (256, 128, 64, 32), 250_000
 
