@@ -23,15 +23,15 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.files import write_json
-from evaluation.scaling.bootstrap import Settings, frontier_uncertainty
-from evaluation.scaling.fits import fit
-from evaluation.scaling.forms import Form, parameters
+from evaluation.scaling.fitting.fits import fit
+from evaluation.scaling.fitting.forms import Form, parameters
 from evaluation.scaling.frontier import admit, find_frontier
+from evaluation.scaling.intervals.bootstrap import Settings, frontier_uncertainty
+from evaluation.scaling.intervals.rounds import Question
+from evaluation.scaling.intervals.spread import Smoother, spread_of_curves
 from evaluation.scaling.points import Point, columns
-from evaluation.scaling.rounds import Question
 from evaluation.scaling.seeds import average_seeds
 from evaluation.scaling.sources import Selection, read_points
-from evaluation.scaling.spread import Smoother, spread_of_curves
 
 FORMS: tuple[Form, ...] = ("power", "power_constant")
 NAMES = {"power": ("exponent", "amplitude"), "power_constant": ("exponent", "constant", "amplitude")}

@@ -17,12 +17,12 @@ from pathlib import Path
 import numpy as np
 
 from data_pipeline.files import write_json
-from evaluation.scaling.bootstrap import Settings
-from evaluation.scaling.forms import Form
+from evaluation.scaling.fitting.forms import Form
 from evaluation.scaling.frontier import all_points
+from evaluation.scaling.intervals.bootstrap import Settings
 from evaluation.scaling.one_fit import fit_one
 from evaluation.scaling.points import Array, Point
-from evaluation.scaling.size_data import fit_size_data
+from evaluation.scaling.sizes.size_data import fit_size_data
 
 TRUTHS: dict[Form, Callable[[Array], Array]] = {
     "power": lambda x: 3 * x**-0.15,

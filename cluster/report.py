@@ -88,7 +88,8 @@ def trials_table(folder: StudyFolder, records: dict[str, list[EvalRecord]]) -> s
 def _write_laws(folder: StudyFolder, laws: Sequence[Law], sizes: SizeFindings | None) -> None:
     write_json(folder.law / "law.json", {"study": folder.study.name, "laws": [law.to_json() for law in laws]})
     size_data = {curve_name(laws[0]): sizes.size_data} if sizes is not None else {}
-    save_law_runs(folder.law, law_runs(laws, study=folder.study.name, size_data=size_data))
+    shown = [law for law in laws if law.metric != GAP]  # a difference has no law: its table is in the report
+    save_law_runs(folder.law, law_runs(shown, study=folder.study.name, size_data=size_data))
 
 
 def _groups(points: Sequence[Point]) -> list[list[Point]]:

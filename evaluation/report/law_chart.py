@@ -13,10 +13,10 @@ from evaluation.report.law_numbers import legend_text
 from evaluation.report.palette import INK, PAPER, SizeGroup, form_colour, size_groups
 from evaluation.report.run_series import drawn_points, run_series
 from evaluation.report.style import law_title
+from evaluation.scaling.intervals.uncertainty import Prediction
 from evaluation.scaling.law import Law, LawFit
 from evaluation.scaling.paper import PublishedLaw, published
 from evaluation.scaling.points import Array, Point
-from evaluation.scaling.uncertainty import Prediction
 
 X_LABEL = "training compute (FLOPs)"
 LEAST_RESIDUAL = 1e-3  # an exact fit's rounding is not worth a look

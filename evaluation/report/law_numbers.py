@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from evaluation.report.style import form_label, status_label
 from evaluation.scaling.law import LawFit
-from evaluation.scaling.uncertainty import Interval
+from evaluation.scaling.points import Interval
 
 _ANCHORS = ("amplitude", "reference_compute")  # where the curve hangs, not what it says
 

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from evaluation.report.palette import MUTED, form_colour
-from evaluation.scaling.forms import Curve
+from evaluation.scaling.fitting.forms import Curve
 from evaluation.scaling.law import Law, LawFit, plain_json
-from evaluation.scaling.size_data import SizeDataFit
+from evaluation.scaling.sizes.size_data import SizeDataFit
 from trainer.tracking.points import LawRun
 
 CURVE_POINTS = 40  # drawn as dots: enough for a smooth bend, few enough to look unlike a trial
@@ -49,7 +49,12 @@ def fit_numbers(law_fit: LawFit) -> dict[str, float]:
     """Every finite number of a fit by a short name: parameters, intervals, certificate, errors, predictions."""
     fit, found, held = law_fit.fit, law_fit.uncertainty, law_fit.hold_out
     certificate = {field.name: getattr(fit, field.name) for field in dataclasses.fields(fit)}
-    numbers = dict(_numbers(certificate | {"constant_interval": None, "constant_profile": fit.constant_interval}))
+    numbers = dict(
+        _numbers(
+            certificate
+            | {"constant_interval": None, "constant_profile": fit.constant_interval, "outliers": len(fit.outliers)}
+        )
+    )
     if fit.curve is not None:
         numbers |= dict(_numbers(dataclasses.asdict(fit.curve)))
         numbers["log10_coefficient"] = fit.curve.log10_coefficient

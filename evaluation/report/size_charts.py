@@ -13,11 +13,11 @@ from evaluation.report.palette import INK, PAPER, SizeGroup, ordered_colours, si
 from evaluation.report.style import law_title, size_label, status_label
 from evaluation.report.text_table import Table
 from evaluation.report.ticks import scientific
-from evaluation.scaling.isoflop import IsoFlop, OptimumLaw, Slice, isoflop
 from evaluation.scaling.law import Law
-from evaluation.scaling.optimum import Interval, Optimum, optimum
 from evaluation.scaling.points import Point
-from evaluation.scaling.size_data import SizeDataFit, fit_size_data
+from evaluation.scaling.sizes.isoflop import IsoFlop, OptimumLaw, Slice, isoflop
+from evaluation.scaling.sizes.optimum import Interval, Optimum, optimum
+from evaluation.scaling.sizes.size_data import SizeDataFit, fit_size_data
 
 FACTORS = (1.0, 10.0, 100.0)  # budgets of the table, beyond the largest compute
 _C_LABEL = "training compute (FLOPs)"

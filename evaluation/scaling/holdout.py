@@ -11,8 +11,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evaluation.scaling.fits import Status, fit
-from evaluation.scaling.forms import FORMS, Form
+from evaluation.scaling.fitting.fits import Status, fit
+from evaluation.scaling.fitting.forms import FORMS, Form
 from evaluation.scaling.frontier import Frontier, find_frontier
 from evaluation.scaling.points import Point, columns
 

@@ -8,10 +8,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from evaluation.scaling.bootstrap import Settings
-from evaluation.scaling.compare import compare
-from evaluation.scaling.fits import Fit
-from evaluation.scaling.forms import FORMS, Form
+from evaluation.scaling.fitting.compare import compare
+from evaluation.scaling.fitting.fits import Fit
+from evaluation.scaling.fitting.forms import FORMS, Form
 from evaluation.scaling.frontier import (
     MIN_IMAGES,
     Frontier,
@@ -21,6 +20,7 @@ from evaluation.scaling.frontier import (
     slopes_by_size,
 )
 from evaluation.scaling.holdout import HoldOut, backtest, hold_out
+from evaluation.scaling.intervals.bootstrap import Settings
 from evaluation.scaling.one_fit import OneFit, fit_one
 from evaluation.scaling.points import Point, require_one_kind
 from evaluation.scaling.verdict import describe

@@ -8,14 +8,14 @@ from typing import Literal
 
 import numpy as np
 
-from evaluation.scaling.bootstrap import Settings, fit_uncertainty, frontier_uncertainty
-from evaluation.scaling.compare import compare
-from evaluation.scaling.fits import Fit, Status, fit
-from evaluation.scaling.forms import Form
+from evaluation.scaling.fitting.compare import compare
+from evaluation.scaling.fitting.fits import Fit, Status, fit
+from evaluation.scaling.fitting.forms import Form
 from evaluation.scaling.frontier import Frontier
+from evaluation.scaling.intervals.bootstrap import Settings, fit_uncertainty, frontier_uncertainty
+from evaluation.scaling.intervals.rounds import Question
+from evaluation.scaling.intervals.uncertainty import Uncertainty
 from evaluation.scaling.points import columns
-from evaluation.scaling.rounds import Question
-from evaluation.scaling.uncertainty import Uncertainty
 
 BAND_POINTS = 96
 BAND_BEYOND = 100.0  # the band goes this factor beyond the largest compute, as far as the predictions

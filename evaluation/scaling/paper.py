@@ -12,7 +12,7 @@ from __future__ import annotations
 import dataclasses
 from dataclasses import dataclass
 
-from evaluation.scaling.forms import Curve
+from evaluation.scaling.fitting.forms import Curve
 from trainer.tracking.records import FLOP_CONVENTION
 
 SOURCE = "Nichol & Dhariwal 2021, ImageNet-64"

@@ -18,6 +18,7 @@ from data_pipeline.files import write_atomic
 from trainer.tracking.records import EvalRecord
 
 Array = NDArray[np.float64]
+Interval = tuple[float, float]  # lower and upper end
 
 UNSTATED = "unstated"
 # What must be equal before points may share a fit.

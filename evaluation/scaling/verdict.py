@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from evaluation.scaling.broken import BrokenCurve
-from evaluation.scaling.forms import FORMULAS
+from evaluation.scaling.fitting.broken import BrokenCurve
+from evaluation.scaling.fitting.forms import FORMULAS
 
 if TYPE_CHECKING:
     from evaluation.scaling.law import Law, LawFit

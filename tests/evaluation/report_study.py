@@ -11,7 +11,7 @@ from PIL import Image
 from scaling_points import SIZES, study
 
 from evaluation.report.run_files import RunFiles
-from evaluation.scaling.bootstrap import Settings
+from evaluation.scaling.intervals.bootstrap import Settings
 from evaluation.scaling.law import Law, fit_law
 from trainer.tracking.records import RecordWriter, TrainRecord
 

@@ -8,7 +8,7 @@ import numpy as np
 from scaling_points import point
 
 from evaluation.scaling.points import Point
-from evaluation.scaling.size_data_curve import SizeDataCurve
+from evaluation.scaling.sizes.size_data_curve import SizeDataCurve
 from evaluation.scaling.sources import read_csv
 
 TRUE = SizeDataCurve(E=1.8, log_A=float(np.log(400)), alpha=0.34, log_B=float(np.log(2000)), beta=0.37)

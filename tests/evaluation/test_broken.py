@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy.optimize import least_squares
 
-from evaluation.scaling.broken import (
+from evaluation.scaling.fitting.broken import (
     MAX_BETA,
     SHARPNESS,
     BrokenCurve,
@@ -14,7 +14,7 @@ from evaluation.scaling.broken import (
     solve_broken,
     solve_broken_rounds,
 )
-from evaluation.scaling.broken_solver import log_fall
+from evaluation.scaling.fitting.broken_solver import log_fall
 from evaluation.scaling.points import Array
 
 COMPUTE = np.geomspace(1e16, 1e21, 16)

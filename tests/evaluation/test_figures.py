@@ -17,9 +17,9 @@ from evaluation.report.figures import draw, draw_law, save_figure
 from evaluation.report.law_chart import FRONTIER, HELD_OUT, OUTLIER, law_chart
 from evaluation.report.palette import form_colour, size_groups
 from evaluation.report.ticks import percent, power_ticks, scientific, value_ticks
-from evaluation.scaling.bootstrap import Settings
+from evaluation.scaling.intervals.bootstrap import Settings
+from evaluation.scaling.intervals.uncertainty import Prediction
 from evaluation.scaling.law import Law, fit_law
-from evaluation.scaling.uncertainty import Prediction
 
 QUICK = Settings(num_rounds=50)
 

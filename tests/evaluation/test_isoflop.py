@@ -13,10 +13,10 @@ from scaling_points import point
 from size_data_points import CHINCHILLA, FLOPS, TRUE, chinchilla, curves
 
 from evaluation.scaling.commands import isoflop as command
-from evaluation.scaling.isoflop import isoflop
-from evaluation.scaling.isoflop_slices import find_slices
 from evaluation.scaling.points import Point, write_csv
-from evaluation.scaling.size_data_curve import SizeDataCurve
+from evaluation.scaling.sizes.isoflop import isoflop
+from evaluation.scaling.sizes.isoflop_slices import find_slices
+from evaluation.scaling.sizes.size_data_curve import SizeDataCurve
 
 EXPONENT = TRUE.size_exponent
 

@@ -10,7 +10,7 @@ from scaling_points import SIZES, curve_points, point
 
 from evaluation.report.law_runs import CURVE_POINTS, law_runs
 from evaluation.scaling.law import Law, fit_law
-from evaluation.scaling.size_data import fit_size_data
+from evaluation.scaling.sizes.size_data import fit_size_data
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,9 @@ from size_data_points import CHINCHILLA, FLOPS, TRUE, chinchilla, curves
 from data_pipeline.errors import DataError, UserError
 from evaluation.scaling.commands import size as command
 from evaluation.scaling.commands.size_data_text import fit_text
-from evaluation.scaling.optimum import Cost, best, budget_flops, fit_cost, optimum
 from evaluation.scaling.points import write_csv
-from evaluation.scaling.size_data import fit_size_data
+from evaluation.scaling.sizes.optimum import Cost, best, budget_flops, fit_cost, optimum
+from evaluation.scaling.sizes.size_data import fit_size_data
 
 POINTS = curves(num_seeds=2, between=0.003, within=0.002)
 

@@ -23,9 +23,9 @@ import numpy as np
 import pytest
 from scaling_points import curve_points
 
-from evaluation.scaling.broken import BrokenCurve
-from evaluation.scaling.fits import Fit, fit
-from evaluation.scaling.forms import Curve, Form
+from evaluation.scaling.fitting.broken import BrokenCurve
+from evaluation.scaling.fitting.fits import Fit, fit
+from evaluation.scaling.fitting.forms import Curve, Form
 from evaluation.scaling.points import Array, columns
 
 TABLES = Path(__file__).parent / "tables"

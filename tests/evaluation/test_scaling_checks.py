@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from scaling_points import curve_points
 
-from evaluation.scaling.checks import rise
-from evaluation.scaling.compare import akaike_weights, compare
-from evaluation.scaling.fits import Fit, fit
-from evaluation.scaling.forms import FORMS, Form
+from evaluation.scaling.fitting.checks import rise
+from evaluation.scaling.fitting.compare import akaike_weights, compare
+from evaluation.scaling.fitting.fits import Fit, fit
+from evaluation.scaling.fitting.forms import FORMS, Form
 from evaluation.scaling.points import columns
 
 COMPUTE = np.geomspace(1e16, 1e20, 16)

@@ -7,8 +7,8 @@ import pytest
 from scaling_points import curve_points
 from scipy.optimize import minimize
 
-from evaluation.scaling.fits import Fit, fit
-from evaluation.scaling.forms import Curve, Form
+from evaluation.scaling.fitting.fits import Fit, fit
+from evaluation.scaling.fitting.forms import Curve, Form
 from evaluation.scaling.points import columns
 
 COMPUTE = np.geomspace(1e16, 1e21, 12)

@@ -9,14 +9,14 @@ import pytest
 from scaling_points import point, study
 
 from benchmarks.law_coverage import Design, coverage, design_of
-from evaluation.scaling.bootstrap import Settings
-from evaluation.scaling.forms import Form
+from evaluation.scaling.fitting.forms import Form
 from evaluation.scaling.frontier import all_points, find_frontier
+from evaluation.scaling.intervals.bootstrap import Settings
+from evaluation.scaling.intervals.redraw import redraw, seeds_of_means
+from evaluation.scaling.intervals.spread import Smoother, Spread, spread_about_law, spread_of_curves
 from evaluation.scaling.law import fit_law
 from evaluation.scaling.one_fit import OneFit, fit_one
 from evaluation.scaling.points import Point, columns
-from evaluation.scaling.redraw import redraw, seeds_of_means
-from evaluation.scaling.spread import Smoother, Spread, spread_about_law, spread_of_curves
 
 
 def seeds(num: int, *, between: float, within: float, seed: int = 0, num_points: int = 8) -> list[Point]:

@@ -13,9 +13,9 @@ from scaling_points import curve_points, point, study
 
 from data_pipeline.errors import DataError
 from evaluation.report.tables import law_report
-from evaluation.scaling.bootstrap import Settings
 from evaluation.scaling.frontier import find_frontier, slopes_by_run, slopes_by_size
 from evaluation.scaling.holdout import hold_out
+from evaluation.scaling.intervals.bootstrap import Settings
 from evaluation.scaling.law import Law, fit_law
 from evaluation.scaling.points import Point, columns, points_from_records, write_csv
 from evaluation.scaling.sources import ColumnNames, read_csv

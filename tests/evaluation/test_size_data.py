@@ -12,9 +12,9 @@ from size_data_points import TRUE, chinchilla, curves
 
 from data_pipeline.errors import UserError
 from evaluation.scaling.points import Point
-from evaluation.scaling.robust import LOSSES, Loss, huber, objective
-from evaluation.scaling.size_data import SizeDataFit, fit_size_data
-from evaluation.scaling.size_data_curve import SizeDataCurve
+from evaluation.scaling.sizes.robust import LOSSES, Loss, huber, objective
+from evaluation.scaling.sizes.size_data import SizeDataFit, fit_size_data
+from evaluation.scaling.sizes.size_data_curve import SizeDataCurve
 
 NAMES = ("E", "A", "alpha", "B", "beta")
 

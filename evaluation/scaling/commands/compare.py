@@ -10,8 +10,8 @@ from typing import Any
 from evaluation.scaling.commands.common import print_json
 from evaluation.scaling.commands.fit_options import add_fit_options, chosen_frontier, form_and_constant, settings_of
 from evaluation.scaling.commands.plain_table import plain_table
-from evaluation.scaling.compare import akaike_weights, compare
-from evaluation.scaling.forms import FORMS, FORMULAS
+from evaluation.scaling.fitting.compare import akaike_weights, compare
+from evaluation.scaling.fitting.forms import FORMS, FORMULAS
 from evaluation.scaling.holdout import HoldOut, backtest, hold_out
 from evaluation.scaling.one_fit import OneFit, fit_one
 

@@ -16,11 +16,11 @@ from evaluation.scaling.commands.fit_options import (
     settings_of,
 )
 from evaluation.scaling.commands.size_data_text import fit_text
-from evaluation.scaling.forms import FORMS, FORMULAS, parameters
+from evaluation.scaling.fitting.forms import FORMS, FORMULAS, parameters
 from evaluation.scaling.frontier import Frontier
 from evaluation.scaling.one_fit import OneFit, fit_one
 from evaluation.scaling.points import Point, require_one_kind
-from evaluation.scaling.size_data import SizeDataFit, fit_size_data
+from evaluation.scaling.sizes.size_data import SizeDataFit, fit_size_data
 
 
 def add(subparsers: Any) -> None:

@@ -6,10 +6,10 @@ import argparse
 import math
 
 from data_pipeline.errors import UserError
-from evaluation.scaling.bootstrap import Settings
 from evaluation.scaling.commands.common import add_points, chosen_points
-from evaluation.scaling.forms import Form
+from evaluation.scaling.fitting.forms import Form
 from evaluation.scaling.frontier import Frontier, all_points, find_frontier
+from evaluation.scaling.intervals.bootstrap import Settings
 from evaluation.scaling.points import require_one_kind
 
 FORM_HELP = (

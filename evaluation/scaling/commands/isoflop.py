@@ -8,8 +8,8 @@ from typing import Any
 from data_pipeline.errors import UserError
 from evaluation.scaling.commands.common import add_points, chosen_points, print_json
 from evaluation.scaling.commands.plain_table import plain_table
-from evaluation.scaling.isoflop import IsoFlop, OptimumLaw, Slice, isoflop
 from evaluation.scaling.points import require_one_kind
+from evaluation.scaling.sizes.isoflop import IsoFlop, OptimumLaw, Slice, isoflop
 
 
 def add(subparsers: Any) -> None:

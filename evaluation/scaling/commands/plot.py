@@ -10,10 +10,10 @@ from typing import Any
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import write_atomic
-from evaluation.scaling.bootstrap import Settings
 from evaluation.scaling.commands.common import add_points, chosen_points
-from evaluation.scaling.forms import FORMS
+from evaluation.scaling.fitting.forms import FORMS
 from evaluation.scaling.frontier import MIN_IMAGES
+from evaluation.scaling.intervals.bootstrap import Settings
 from evaluation.scaling.law import Law, fit_law
 from evaluation.scaling.paper import published
 from evaluation.scaling.points import UNSTATED

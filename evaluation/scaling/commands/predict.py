@@ -16,7 +16,7 @@ from evaluation.scaling.commands.fit_options import (
     settings_of,
 )
 from evaluation.scaling.commands.plain_table import plain_table
-from evaluation.scaling.forms import FORMS
+from evaluation.scaling.fitting.forms import FORMS
 from evaluation.scaling.frontier import Frontier
 from evaluation.scaling.one_fit import FACTORS, OneFit, fit_one
 

@@ -11,11 +11,11 @@ from data_pipeline.errors import UserError
 from evaluation.scaling.commands.common import add_points, chosen_points, print_json
 from evaluation.scaling.commands.plain_table import plain_table
 from evaluation.scaling.commands.size_data_text import fit_text
-from evaluation.scaling.isoflop import IsoFlop, isoflop
-from evaluation.scaling.optimum import Cost, Optimum, budget_flops, fit_cost, optimum
 from evaluation.scaling.points import Point, require_one_kind
-from evaluation.scaling.robust import LOSSES
-from evaluation.scaling.size_data import SizeDataFit, fit_size_data
+from evaluation.scaling.sizes.isoflop import IsoFlop, isoflop
+from evaluation.scaling.sizes.optimum import Cost, Optimum, budget_flops, fit_cost, optimum
+from evaluation.scaling.sizes.robust import LOSSES
+from evaluation.scaling.sizes.size_data import SizeDataFit, fit_size_data
 
 _SHOWN = 9  # of the sizes trained, those around the best
 

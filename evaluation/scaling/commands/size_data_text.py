@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from evaluation.scaling.robust import Loss
-from evaluation.scaling.size_data import SizeDataFit
+from evaluation.scaling.sizes.robust import Loss
+from evaluation.scaling.sizes.size_data import SizeDataFit
 
 _SUMS: dict[Loss, str] = {
     "huber": "sum of Huber losses of log residuals, delta {delta:g}",

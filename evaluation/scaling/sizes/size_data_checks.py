@@ -9,11 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special  # not scipy.stats, which takes a second to import
 
-from evaluation.scaling import size_data_solver as solver
-from evaluation.scaling.distinct import num_distinct
 from evaluation.scaling.points import Array, Point
-from evaluation.scaling.robust import Loss, huber, huber_pull
-from evaluation.scaling.size_data_bootstrap import FullFit, SizeDataBootstrap
+from evaluation.scaling.sizes import size_data_solver as solver
+from evaluation.scaling.sizes.distinct import num_distinct
+from evaluation.scaling.sizes.robust import Loss, huber, huber_pull
+from evaluation.scaling.sizes.size_data_bootstrap import FullFit, SizeDataBootstrap
 
 Status = Literal[
     "ok",

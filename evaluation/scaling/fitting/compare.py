@@ -6,8 +6,8 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from evaluation.scaling.fits import Fit
-from evaluation.scaling.forms import FORMULAS
+from evaluation.scaling.fitting.fits import Fit
+from evaluation.scaling.fitting.forms import FORMULAS
 
 # A difference of ten leaves a form essentially without support (Burnham & Anderson 2002, section 2.6).
 NO_SUPPORT = 10.0

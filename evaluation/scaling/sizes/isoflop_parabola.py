@@ -12,9 +12,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.scaling.distinct import distinct
-from evaluation.scaling.isoflop_slices import Samples
 from evaluation.scaling.points import Array
+from evaluation.scaling.sizes.distinct import distinct
+from evaluation.scaling.sizes.isoflop_slices import Samples
 
 MIN_RESAMPLED_RUNS = 20
 MIN_RUNS = 8

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from evaluation.scaling.points import Array, Point
-from evaluation.scaling.size_data_solver import A, B, E, P, Q
+from evaluation.scaling.sizes.size_data_solver import A, B, E, P, Q
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ Caballero et al. 2022, "Broken neural scaling laws", equation 1 with one break a
 below the break d, b1 the exponent far above it, f how smooth the break is, in units of log C. Neither exponent is
 negative: the value does not rise with compute.
 
-A grid gives starts, which `evaluation.scaling.broken_solver` takes down together. Objectives are sums.
+A grid gives starts, which `evaluation.scaling.fitting.broken_solver` takes down together. Objectives are sums.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from evaluation.scaling.broken_solver import (
+from evaluation.scaling.fitting.broken_solver import (
     Data,
     State,
     descend,
@@ -27,7 +27,7 @@ from evaluation.scaling.broken_solver import (
     movable,
     normal_equations,
 )
-from evaluation.scaling.solver import solve_power_constant
+from evaluation.scaling.fitting.solver import solve_power_constant
 
 Array = NDArray[np.float64]
 

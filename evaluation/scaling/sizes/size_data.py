@@ -20,12 +20,12 @@ from typing import Any
 import numpy as np
 
 from data_pipeline.errors import UserError
-from evaluation.scaling import size_data_solver as solver
 from evaluation.scaling.points import Array, Point, columns
-from evaluation.scaling.robust import Loss, objective
-from evaluation.scaling.size_data_bootstrap import FullFit, SizeDataBootstrap, bootstrap_size_data
-from evaluation.scaling.size_data_checks import Status, doubt, far_points, missing_term, refusal
-from evaluation.scaling.size_data_curve import SizeDataCurve, scales_of
+from evaluation.scaling.sizes import size_data_solver as solver
+from evaluation.scaling.sizes.robust import Loss, objective
+from evaluation.scaling.sizes.size_data_bootstrap import FullFit, SizeDataBootstrap, bootstrap_size_data
+from evaluation.scaling.sizes.size_data_checks import Status, doubt, far_points, missing_term, refusal
+from evaluation.scaling.sizes.size_data_curve import SizeDataCurve, scales_of
 
 _AGREE = 1e-6  # relative difference of objectives that counts as none
 

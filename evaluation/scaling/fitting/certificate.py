@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 
-from evaluation.scaling.forms import AnyCurve
+from evaluation.scaling.fitting.forms import AnyCurve
 from evaluation.scaling.points import Array
 
 _EXACT = 1e-24  # mean square of log residuals that is rounding

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from evaluation.scaling.points import Array
-from evaluation.scaling.solver import solve_power_constant
-from evaluation.scaling.uncertainty import Interval
+from evaluation.scaling.fitting.solver import solve_power_constant
+from evaluation.scaling.points import Array, Interval
 
 
 def profile_interval(t: Array, y: Array, weights: Array, *, best: float, upper: float, threshold: float) -> Interval:

@@ -14,13 +14,13 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.scaling import size_data_solver as solver
-from evaluation.scaling.distinct import distinct
-from evaluation.scaling.points import Array, Columns
-from evaluation.scaling.redraw import redraw
-from evaluation.scaling.size_data_curve import Scales
-from evaluation.scaling.spread import MIN_DOF, Spread
-from evaluation.scaling.uncertainty import Interval, Method, UncertaintyStatus
+from evaluation.scaling.intervals.redraw import redraw
+from evaluation.scaling.intervals.spread import MIN_DOF, Spread
+from evaluation.scaling.intervals.uncertainty import Method, UncertaintyStatus
+from evaluation.scaling.points import Array, Columns, Interval
+from evaluation.scaling.sizes import size_data_solver as solver
+from evaluation.scaling.sizes.distinct import distinct
+from evaluation.scaling.sizes.size_data_curve import Scales
 
 MIN_RESAMPLED_RUNS = 50  # five parameters: percentiles over fewer resampled runs cover too seldom (89 % at 36 runs)
 MIN_VALID_SHARE = 0.8

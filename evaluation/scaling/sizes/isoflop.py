@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import special
 
-from evaluation.scaling.isoflop_parabola import (
+from evaluation.scaling.points import Array, Point
+from evaluation.scaling.sizes.isoflop_parabola import (
     Parabolas,
     base_weights,
     design_of,
@@ -28,8 +29,7 @@ from evaluation.scaling.isoflop_parabola import (
     parabolas,
     rounds_of,
 )
-from evaluation.scaling.isoflop_slices import MIN_SIZES, Samples, curve_labels, find_slices
-from evaluation.scaling.points import Array, Point
+from evaluation.scaling.sizes.isoflop_slices import MIN_SIZES, Samples, curve_labels, find_slices
 
 SliceStatus = Literal[
     "ok",

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from evaluation.scaling.fits import Fit
+from evaluation.scaling.fitting.fits import Fit
 from evaluation.scaling.frontier import Frontier, frontier_mask
+from evaluation.scaling.intervals.redraw import redraw, seeds_of_means
+from evaluation.scaling.intervals.rounds import Draws, Question, solve_rounds
+from evaluation.scaling.intervals.spread import MIN_DOF, Smoother, Spread, spread_about_law, spread_of_curves
+from evaluation.scaling.intervals.summary import ends
+from evaluation.scaling.intervals.uncertainty import Method, Uncertainty, UncertaintyStatus
 from evaluation.scaling.points import Array, Columns, columns
-from evaluation.scaling.redraw import redraw, seeds_of_means
-from evaluation.scaling.rounds import Draws, Question, solve_rounds
-from evaluation.scaling.spread import MIN_DOF, Smoother, Spread, spread_about_law, spread_of_curves
-from evaluation.scaling.summary import ends
-from evaluation.scaling.uncertainty import Method, Uncertainty, UncertaintyStatus
 
 MIN_RESAMPLED_RUNS = 30  # with fewer, percentiles over resampled runs are too narrow
 MIN_VALID_SHARE = 0.8
@@ -143,8 +143,8 @@ def _frontier_doubt(frontier: Frontier, spread: Spread, num_seeds: float) -> str
     if scatter <= MAX_SCATTER * fall:
         return ""
     return (
-        f"points of the frontier scatter by {scatter:.1%}, and it falls by {-np.expm1(-fall):.0%} in all: who is ahead is "
-        "largely luck, and the intervals may miss the truth more often than they say. Train more seeds a size."
+        f"points of the frontier scatter by {scatter:.1%}, and it falls by {-np.expm1(-fall):.0%} in all: who is ahead "
+        "is largely luck, and the intervals may miss the truth more often than they say. Train more seeds a size."
     )
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 
-from evaluation.scaling.points import Array
-from evaluation.scaling.rounds import Question, Rounds, targets
-from evaluation.scaling.uncertainty import Interval, Prediction
+from evaluation.scaling.intervals.rounds import Question, Rounds, targets
+from evaluation.scaling.intervals.uncertainty import Prediction
+from evaluation.scaling.points import Array, Interval
 
 Ends = tuple[dict[str, Interval], Array, tuple[Prediction, ...]]
 

@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy.optimize import nnls
 
-from evaluation.scaling.robust import Loss, huber, huber_pull, huber_weight
+from evaluation.scaling.sizes.robust import Loss, huber, huber_pull, huber_weight
 
 Array = NDArray[np.float64]
 

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.scaling.broken import solve_broken, solve_broken_rounds
-from evaluation.scaling.forms import MIN_LOG_SPAN, MIN_POINTS, Form, Scale, base_weights, scale_of
+from evaluation.scaling.fitting.broken import solve_broken, solve_broken_rounds
+from evaluation.scaling.fitting.forms import MIN_LOG_SPAN, MIN_POINTS, Form, Scale, base_weights, scale_of
+from evaluation.scaling.fitting.solver import solve_power, solve_power_constant
 from evaluation.scaling.points import Array
-from evaluation.scaling.solver import solve_power, solve_power_constant
 
 _BELOW_MIN = 1 - 1e-9  # c < min y
 

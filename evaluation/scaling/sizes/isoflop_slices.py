@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from evaluation.scaling.distinct import distinct, num_distinct
 from evaluation.scaling.points import Array, Point, columns
+from evaluation.scaling.sizes.distinct import distinct, num_distinct
 
 SAME_COMPUTE = float(np.log(1.05))  # a point this near to a budget is at the budget
 GROUP_WIDTH = float(np.log(1.25))  # points that were meant to be of equal compute scatter by no more than this

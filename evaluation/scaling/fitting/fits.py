@@ -15,10 +15,10 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special  # not scipy.stats, which takes a second to import
 
-from evaluation.scaling.broken import solve_broken
-from evaluation.scaling.certificate import aicc, condition, r_squared, standard_errors
-from evaluation.scaling.checks import Refit, outliers, rise
-from evaluation.scaling.forms import (
+from evaluation.scaling.fitting.broken import solve_broken
+from evaluation.scaling.fitting.certificate import aicc, condition, r_squared, standard_errors
+from evaluation.scaling.fitting.checks import Refit, outliers, rise
+from evaluation.scaling.fitting.forms import (
     FORMULAS,
     MIN_LOG_SPAN,
     MIN_POINTS,
@@ -30,16 +30,15 @@ from evaluation.scaling.forms import (
     base_weights,
     scale_of,
 )
-from evaluation.scaling.points import Array, Columns
-from evaluation.scaling.profile import profile_interval
-from evaluation.scaling.solver import (
+from evaluation.scaling.fitting.profile import profile_interval
+from evaluation.scaling.fitting.solver import (
     Solutions,
     grid_objective,
     share_of_starts,
     solve_power,
     solve_power_constant,
 )
-from evaluation.scaling.uncertainty import Interval
+from evaluation.scaling.points import Array, Columns, Interval
 
 Status = Literal[
     "ok",

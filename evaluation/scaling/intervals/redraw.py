@@ -10,9 +10,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from evaluation.scaling.intervals.spread import Spread
 from evaluation.scaling.points import Array, Columns, Point
 from evaluation.scaling.seeds import mean_names
-from evaluation.scaling.spread import Spread
 
 
 def redraw(

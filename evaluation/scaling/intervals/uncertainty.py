@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
-from evaluation.scaling.spread import Spread
+from evaluation.scaling.intervals.spread import Spread
+from evaluation.scaling.points import Interval
 
-Interval = tuple[float, float]
 Method = Literal["redraw", "resample", "none"]  # see bootstrap.py
 
 UncertaintyStatus = Literal[

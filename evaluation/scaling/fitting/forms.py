@@ -13,7 +13,7 @@ from typing import Literal, TypeAlias, get_args
 import numpy as np
 from numpy.typing import ArrayLike
 
-from evaluation.scaling.broken import BrokenCurve
+from evaluation.scaling.fitting.broken import BrokenCurve
 from evaluation.scaling.points import Array
 
 Form = Literal["power", "power_constant", "broken"]
