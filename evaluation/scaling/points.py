@@ -89,9 +89,20 @@ def require_one_kind(points: Sequence[Point]) -> None:
 def _difference(name: str, x: Point, y: Point) -> str:
     if name != "measured":
         return f"{getattr(x, name)!r} and {getattr(y, name)!r}"
-    left, right = (json.loads(p.measured) if p.measured else {} for p in (x, y))
+    left, right = _items(x.measured), _items(y.measured)
+    if left is None or right is None:
+        return f"{x.measured!r} and {y.measured!r}"
     keys = sorted(k for k in left.keys() | right.keys() if left.get(k) != right.get(k))
-    return ", ".join(f"{k} = {left.get(k)!r} and {right.get(k)!r}" for k in keys)
+    return ", ".join(f"{k} = {left.get(k)!r} and {right.get(k)!r}" for k in keys) or "the same, written differently"
+
+
+def _items(measured: str) -> dict[str, object] | None:
+    """What was measured, by name; None for a text that is not a JSON object, as others may have it."""
+    try:
+        found = json.loads(measured or "{}")
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) else None
 
 
 @dataclass(frozen=True)

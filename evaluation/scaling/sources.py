@@ -13,6 +13,7 @@ from data_pipeline.errors import DataError
 from evaluation.scaling.points import UNSTATED, Point
 
 MLFLOW = "mlflow:"
+_ROUNDED_FROM = 1000  # below, a count that is not whole is rather given in millions or billions
 
 
 @dataclass(frozen=True)
@@ -54,14 +55,14 @@ def read_csv(path: Path, names: ColumnNames | None = None) -> list[Point]:
     """Read points from any CSV with a header; the fields whose columns are not named are read where they exist.
 
     Raises:
-        DataError: no such file or column, or a cell that is not a number (names the row).
+        DataError: no such file or column, or a cell that is not the number or count due (names the line).
     """
     names = names or ColumnNames()
     try:
         with open(path, newline="", encoding="utf-8-sig") as file:
             reader = csv.DictReader(file)
             header = list(reader.fieldnames or [])
-            rows = list(reader)
+            rows = [(reader.line_num, row) for row in reader]
     except FileNotFoundError:
         raise DataError(f"there is no file {path}.") from None
     except (UnicodeDecodeError, csv.Error) as error:
@@ -73,7 +74,7 @@ def read_csv(path: Path, names: ColumnNames | None = None) -> list[Point]:
         raise DataError(f"{path} has a header and no rows.")
     own: dict[str, str] = {field: field for field in ("stderr", "run", "num_params", "images") if field in header}
     own |= {field: column for field, column in dataclasses.asdict(names).items() if column is not None}
-    return [_Row(path, line, row, own).point() for line, row in enumerate(rows, start=2)]
+    return [_Row(path, line, row, own).point() for line, row in rows]
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,10 @@ class _Row:
             stderr=self._number("stderr"),
             compute=self._required("compute"),
             flop_convention=self._text("flop_convention", UNSTATED),
-            num_params=self._whole("num_params"),
-            images=self._whole("images"),
+            num_params=self._count("num_params"),
+            images=self._count("images"),
             run=self._text("run", f"row {self.line}"),
-            seed=self._whole("seed"),
+            seed=self._count("seed"),
             data=self._text("data", ""),
             measured=self._text("measured", ""),
         )
@@ -121,12 +122,14 @@ class _Row:
             raise DataError(f"{self.path}, line {self.line}: the cell of {self.column_of[field]!r} is empty.")
         return found
 
-    def _whole(self, field: str) -> int:
+    def _count(self, field: str) -> int:
+        """A whole number; large ones may come from a computation (6795600349.29) and are rounded."""
         found = self._number(field) or 0.0
-        if not math.isfinite(found):
-            column = self.column_of.get(field, field)
-            raise DataError(f"{self.path}, line {self.line}: {column} = {found} is not a whole number.")
-        return int(found)
+        if not (math.isfinite(found) and found >= 0) or (found < _ROUNDED_FROM and found != int(found)):
+            column, text = self.column_of.get(field, field), self._text(field, "")
+            remedy = "" if field == "seed" else " (give counts, not billions)"
+            raise DataError(f"{self.path}, line {self.line}: {column} = {text!r} is not a count{remedy}.")
+        return round(found)
 
 
 def _from_mlflow(experiment: str, names: ColumnNames) -> list[Point]:

@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from scaling_points import study
 
-from data_pipeline.errors import UserError
+from data_pipeline.errors import DataError, UserError
 from evaluation.scaling.__main__ import main
-from evaluation.scaling.points import write_csv
+from evaluation.scaling.points import require_one_kind, write_csv
+from evaluation.scaling.sources import read_csv
 
 ROOT = Path(__file__).parents[2]
 
@@ -134,6 +135,45 @@ def test_points_that_must_not_be_mixed(run: Any, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="choose one of --metric fd, --metric nll"):
         run("fit", path)
     assert json.loads(run("fit", path, "--metric", "fd", "--json"))["num_points"] == 5
+
+
+@pytest.mark.parametrize("cell", ["6.8", "-7000", "inf", "nan", "0.5"])
+@pytest.mark.parametrize("column", ["num_params", "images"])
+def test_sizes_and_images_are_counts(tmp_path: Path, column: str, cell: str) -> None:
+    path = tmp_path / "p.csv"
+    path.write_text(f"compute,value,{column}\n1e15,5,7e9\n2e15,4,{cell}\n")
+    with pytest.raises(DataError, match=f"line 3: {column} = '{cell}' is not a count .give counts, not billions"):
+        read_csv(path)
+
+
+def test_large_counts_are_rounded_and_none_is_unknown(tmp_path: Path) -> None:
+    path = tmp_path / "p.csv"
+    path.write_text("compute,value,num_params,images\n1e15,5,6795600349.79,12\n2e15,4,,0\n")
+    assert [(p.num_params, p.images) for p in read_csv(path)] == [(6795600350, 12), (0, 0)]
+
+
+def test_messages_name_the_line_of_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "p.csv"
+    path.write_text("compute,value\n\n1e15,5\n\n\n2e15,thirty\n")
+    with pytest.raises(DataError, match="line 6: value = 'thirty'"):
+        read_csv(path)
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "message"),
+    [
+        ("the usual", "another way", "'the usual' and 'another way'"),
+        ("[1]", "[2]", r"'\[1\]' and '\[2\]'"),
+        ("", "by hand", "'' and 'by hand'"),
+        ('{""n"": 1}', '{""n"": 2}', "n = 1 and 2"),
+        ('{""n"": 1}', '{""n"":1}', "the same, written differently"),
+    ],
+)
+def test_any_text_may_say_what_was_measured(tmp_path: Path, first: str, second: str, message: str) -> None:
+    path = tmp_path / "p.csv"
+    path.write_text(f'compute,value,measured\n1e15,5,"{first}"\n2e15,4,"{second}"\n')
+    with pytest.raises(DataError, match=f"different measured cannot share a fit: {message}"):
+        require_one_kind(read_csv(path))
 
 
 def test_one_size_is_a_learning_curve(run: Any, tmp_path: Path) -> None:
