@@ -159,11 +159,22 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 def test_the_command_on_points_without_a_law(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "points.csv"
     write_csv(path, curves(sizes=[1e7, 1e9]))
-    text = run(capsys, str(path), "--compute", "1e18", "--rounds", "10")
+    text = run(capsys, str(path), "--compute", "1e18", "--rounds", "50")
     assert "degenerate" in text
     assert "size N*" not in text
-    value = json.loads(run(capsys, str(path), "--compute", "1e18", "--rounds", "10", "--json"))
+    value = json.loads(run(capsys, str(path), "--compute", "1e18", "--rounds", "50", "--json"))
     assert value["optimum"] is None
+
+
+def test_the_command_says_its_doubts_before_its_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "points.csv"
+    write_csv(path, curves(between=0.01, within=0.005, sizes=np.geomspace(1e7, 1e9, 5)))
+    words = (str(path), "--compute", "1e22", "--rounds", "50")
+    text = run(capsys, *words)
+    doubts = ("the fit of L(N, D) is unidentified", "runs are too few to tell", "extrapolated: the compute")
+    places = [text.index(part) for part in ("budget", *doubts, "size N*", "size trained", "alpha")]
+    assert places == sorted(places), text
+    assert "runs are too few to tell" not in run(capsys, *words, "--run-spread", "0.01")
 
 
 @pytest.mark.parametrize("words", [(), ("--compute", "1e18", "--gpu-hours", "1"), ("--gpu-hours", "1")])

@@ -27,7 +27,7 @@ def bare(tmp_path: Path) -> Path:
 def run(*arguments: object) -> int:
     parser = argparse.ArgumentParser()
     plot.add(parser.add_subparsers(required=True))
-    parsed = parser.parse_args(["plot", *map(str, arguments), "--rounds", "20"])
+    parsed = parser.parse_args(["plot", *map(str, arguments), "--rounds", "50"])
     code: int = parsed.run(parsed)
     return code
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from evaluation.scaling.law import plain_json
@@ -38,6 +39,11 @@ def chosen_points(arguments: argparse.Namespace) -> list[Point]:
         num_params=arguments.params, images=arguments.images,
     )  # fmt: skip
     return read_points(arguments.points, names, Selection(arguments.metric, arguments.split))
+
+
+def since(points: Sequence[Point], min_images: int) -> list[Point]:
+    """The points of this many images and more, and those whose images are unknown."""
+    return [p for p in points if p.images >= min_images or p.images == 0]
 
 
 def print_json(value: Any) -> None:

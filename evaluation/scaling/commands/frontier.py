@@ -7,8 +7,9 @@ import dataclasses
 from typing import Any
 
 from evaluation.scaling.commands.common import add_points, chosen_points, print_json
+from evaluation.scaling.commands.options import add_min_images
 from evaluation.scaling.commands.plain_table import plain_table
-from evaluation.scaling.frontier import MIN_IMAGES, Frontier, find_frontier
+from evaluation.scaling.frontier import Frontier, find_frontier
 from evaluation.scaling.points import require_one_kind
 
 
@@ -17,9 +18,7 @@ def add(subparsers: Any) -> None:
     text = "list the compute frontier (lower envelope), and why the other points are not on it"
     command = subparsers.add_parser("frontier", help=text, description=f"{text[0].upper()}{text[1:]}.")
     add_points(command)
-    command.add_argument(
-        "--min-images", type=int, default=MIN_IMAGES, help=f"leave out points before these (default: {MIN_IMAGES})"
-    )
+    add_min_images(command)
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=run)
 

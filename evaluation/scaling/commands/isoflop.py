@@ -7,6 +7,7 @@ from typing import Any
 
 from data_pipeline.errors import UserError
 from evaluation.scaling.commands.common import add_points, chosen_points, print_json
+from evaluation.scaling.commands.options import add_bootstrap
 from evaluation.scaling.commands.plain_table import plain_table
 from evaluation.scaling.points import require_one_kind
 from evaluation.scaling.sizes.isoflop import IsoFlop, OptimumLaw, Slice, isoflop
@@ -23,8 +24,7 @@ def add(subparsers: Any) -> None:
     command.add_argument(
         "--num-budgets", type=int, default=8, metavar="N", help="slices of learning curves (default: 8)"
     )
-    command.add_argument("--rounds", type=int, default=1000, metavar="N", help="of the bootstrap over runs; 0: none")
-    command.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    add_bootstrap(command)
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=run)
 

@@ -11,6 +11,7 @@ from typing import Any
 from data_pipeline.errors import UserError
 from data_pipeline.files import write_atomic
 from evaluation.scaling.commands.common import add_points, chosen_points
+from evaluation.scaling.commands.options import add_bootstrap, add_min_images, add_run_spread
 from evaluation.scaling.fitting.forms import FORMS
 from evaluation.scaling.frontier import MIN_IMAGES
 from evaluation.scaling.intervals.bootstrap import Settings
@@ -36,12 +37,9 @@ def add(subparsers: Any) -> None:
     command.add_argument("--form", choices=FORMS, action="append", help="only this form (may be repeated)")
     command.add_argument("--paper", action="store_true", help="lay the published trend line of NLL or FID over it")
     command.add_argument("--title", help="default: the metric's name")
-    command.add_argument(
-        "--min-images", type=int, default=MIN_IMAGES, metavar="N",
-        help=f"earlier points are drawn and not fitted (default: {MIN_IMAGES})",
-    )  # fmt: skip
-    command.add_argument("--rounds", type=int, default=1000, metavar="N", help="of the bootstrap")
-    command.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    add_min_images(command, note=f": they are drawn and not fitted (default: {MIN_IMAGES:,})")
+    add_bootstrap(command)
+    add_run_spread(command)
     command.set_defaults(run=run)
 
 
@@ -49,7 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Fit, draw and say what was written."""
     _check_suffix(arguments.out)
     points = chosen_points(arguments)
-    settings = Settings(num_rounds=arguments.rounds, seed=arguments.seed)
+    settings = Settings(num_rounds=arguments.rounds, seed=arguments.seed, run_spread=arguments.run_spread)
     law = fit_law(points, min_images=arguments.min_images, settings=settings)
     if arguments.paper:
         _check_paper(law)

@@ -8,13 +8,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from data_pipeline.errors import UserError
-from evaluation.scaling.commands.common import add_points, chosen_points, print_json
+from evaluation.scaling.commands.common import add_points, chosen_points, print_json, since
+from evaluation.scaling.commands.options import add_bootstrap, add_min_images, add_run_spread
 from evaluation.scaling.commands.plain_table import plain_table
 from evaluation.scaling.commands.size_data_text import fit_text
 from evaluation.scaling.points import Point, require_one_kind
 from evaluation.scaling.sizes.isoflop import IsoFlop, isoflop
 from evaluation.scaling.sizes.optimum import Cost, Optimum, budget_flops, fit_cost, optimum
-from evaluation.scaling.sizes.robust import LOSSES
+from evaluation.scaling.sizes.robust import LOSSES, Loss
 from evaluation.scaling.sizes.size_data import SizeDataFit, fit_size_data
 
 _SHOWN = 9  # of the sizes trained, those around the best
@@ -60,9 +61,9 @@ def add(subparsers: Any) -> None:
         "--utilization", type=float, metavar="U", help="share of the peak that training reaches, as 0.3"
     )
     command.add_argument("--loss", choices=LOSSES, default="huber", help="of the fit of L(N, D) (default: huber)")
-    command.add_argument("--min-images", type=int, default=0, metavar="N", help="leave out points before N images")
-    command.add_argument("--rounds", type=int, default=1000, metavar="N", help="of the bootstrap over runs; 0: none")
-    command.add_argument("--seed", type=int, default=0, help="of the bootstrap")
+    add_min_images(command, default=0, note=" (default: none are left out)")
+    add_bootstrap(command)
+    add_run_spread(command)
     command.add_argument("--json", action="store_true", help="print JSON")
     command.set_defaults(run=run)
 
@@ -70,9 +71,12 @@ def add(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Run the command. Raises DataError or UserError."""
     compute = _budget(arguments)
-    points = [p for p in chosen_points(arguments) if p.images >= arguments.min_images]
+    points = since(chosen_points(arguments), arguments.min_images)
     require_one_kind(points)
-    found = answer(points, compute, loss=arguments.loss, num_rounds=arguments.rounds, seed=arguments.seed)
+    found = answer(
+        points, compute, loss=arguments.loss, num_rounds=arguments.rounds, seed=arguments.seed,
+        run_spread=arguments.run_spread,
+    )  # fmt: skip
     if arguments.json:
         print_json(found.to_json())
     else:
@@ -81,19 +85,21 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def answer(
-    points: Sequence[Point], compute: float, *, loss: Any = "huber", num_rounds: int = 1000, seed: int = 0
-) -> Answer:
+    points: Sequence[Point], compute: float, *, loss: Loss = "huber", num_rounds: int = 1000, seed: int = 0,
+    run_spread: float | None = None,
+) -> Answer:  # fmt: skip
     """The best size for a budget, by both ways. Raises DataError for points without sizes, images or compute."""
     cost = fit_cost(points)
-    fit = fit_size_data(points, loss=loss, num_rounds=num_rounds, seed=seed)
+    fit = fit_size_data(points, loss=loss, num_rounds=num_rounds, seed=seed, run_spread=run_spread)
     best = None if fit.curve is None else optimum(fit, points, compute, cost=cost)
     return Answer(compute, fit, cost, best, isoflop(points, num_rounds=num_rounds, seed=seed))
 
 
 def answer_text(found: Answer, points: Sequence[Point]) -> str:
-    """The answer as plain text: N*, D* and the value by both ways, the rungs, the fit, and every doubt."""
+    """The answer as plain text: every doubt, then N*, D* and the value by both ways, the rungs, and the fit."""
     metric, best = points[0].metric, found.optimum
     parts = [f"budget     {found.compute:.4g} FLOPs ({found.cost.flop_convention} convention)"]
+    parts += ["\n".join(f"  - {doubt}" for doubt in doubts)] if (doubts := _doubts(found)) else []
     if best is not None:
         parts += [_answers(found, best, metric), _rungs(best, metric)]
     elif found.isoflop.size_law is not None:
@@ -101,11 +107,20 @@ def answer_text(found: Answer, points: Sequence[Point]) -> str:
     cost = found.cost
     parts.append(f"{fit_text(found.fit)}\ncost       {cost.kappa:.4g} N^{cost.gamma:.4f} FLOPs an image, "
                  f"within {cost.worst_error:.1%} of the points")  # fmt: skip
-    doubts = list(best.warnings) if best is not None else []
+    return "\n\n".join(parts)
+
+
+def _doubts(found: Answer) -> list[str]:
+    """Why the answer may be wrong; they come before its numbers."""
+    if found.optimum is not None:
+        doubts = list(found.optimum.warnings)
+    else:
+        doubts = [f"there is no L(N, D) ({found.fit.status}): {found.fit.message}"]
     if found.isoflop.size_law is None:
         doubts.append(f"isoFLOP: {found.isoflop.message}")
-    parts += ["\n".join(f"  - {doubt}" for doubt in doubts)] if doubts else []
-    return "\n\n".join(parts)
+    elif found.isoflop.interval_message:
+        doubts.append(f"isoFLOP's intervals: {found.isoflop.interval_message}")
+    return doubts
 
 
 def _answers(found: Answer, best: Optimum, metric: str) -> str:
