@@ -82,7 +82,7 @@ def _fit_run(law: Law, law_fit: LawFit, study: str) -> LawRun:
     fit = law_fit.fit
     curve = _curve(law, law_fit)
     intervals = law_fit.uncertainty.status if law_fit.uncertainty else "none"
-    run = _bare_run(law, study, form=fit.form, status=fit.status, message=fit.message, intervals=intervals)
+    run = _bare_run(law, study, form=fit.form, status=law_fit.status, message=fit.message, intervals=intervals)
     note = f"{_equation(law_fit)}{run.tags['mlflow.note.content']}"
     best = law.best is not None and law.best.fit.form == fit.form
     return _addressed(

@@ -8,9 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from evaluation.scaling.fitting.compare import compare
 from evaluation.scaling.fitting.fits import Fit
-from evaluation.scaling.fitting.forms import FORMS, Form
+from evaluation.scaling.fitting.forms import Form
 from evaluation.scaling.frontier import (
     MIN_IMAGES,
     Frontier,
@@ -21,7 +20,7 @@ from evaluation.scaling.frontier import (
 )
 from evaluation.scaling.holdout import HoldOut, backtest, hold_out
 from evaluation.scaling.intervals.bootstrap import Settings
-from evaluation.scaling.one_fit import OneFit, fit_one
+from evaluation.scaling.one_fit import OneFit, fit_forms, with_intervals
 from evaluation.scaling.points import Point, require_one_kind
 from evaluation.scaling.verdict import describe
 
@@ -70,9 +69,12 @@ class Law:
 
     def to_json(self) -> dict[str, Any]:
         """Plain JSON values; what is not finite becomes null."""
-        value = plain_json(dataclasses.asdict(self))
-        assert isinstance(value, dict)
-        return value
+        value = dataclasses.asdict(self)
+        for entry, law_fit in zip(value["fits"], self.fits, strict=True):
+            entry["status"] = law_fit.status
+        plain = plain_json(value)
+        assert isinstance(plain, dict)
+        return plain
 
 
 def fit_law(
@@ -96,8 +98,9 @@ def fit_law(
     require_one_kind(points)
     settings = settings or Settings()
     frontier = find_frontier(points, min_images=min_images)
-    candidates = list(frontier.admitted)
-    fits = _compared([_law_fit(frontier, f, constant if f == "power" else None, settings) for f in FORMS])
+    found = fit_forms(frontier, constant=constant, confidence=settings.confidence)
+    fits = tuple(_law_fit(frontier, fitted, constant, settings) for fitted in found.values())
+    one_size = any(f.fit.status == "one_size" for f in fits)
     first = points[0] if points else Point("", "", math.nan, None, math.nan, "", 0, 0, "", 0)
     law = Law(
         metric=first.metric,
@@ -106,36 +109,21 @@ def fit_law(
         data=first.data,
         measured=first.measured,
         frontier=frontier,
-        run_slopes=slopes_by_run(candidates),
-        size_slopes=slopes_by_size(candidates),
+        run_slopes=slopes_by_run(frontier.admitted),
+        size_slopes=slopes_by_size(frontier.admitted),
         fits=fits,
-        backtest=() if _one_size(candidates) else backtest(frontier, constant=constant),
+        backtest=() if one_size else backtest(frontier, constant=constant),
         notes=(),
     )
     return dataclasses.replace(law, notes=tuple(describe(law)))
 
 
-def _compared(fits: Sequence[LawFit]) -> tuple[LawFit, ...]:
-    """The fits, with the status `misfit` for forms that another one beats beyond doubt."""
-    judged = compare([f.fit for f in fits])
-    return tuple(dataclasses.replace(f, fit=fit) for f, fit in zip(fits, judged, strict=True))
-
-
-def _law_fit(frontier: Frontier, form: Form, constant: float | None, settings: Settings) -> LawFit:
-    """One form, fitted to the frontier, with its intervals and its test beyond the cut."""
-    found = fit_one(frontier, form, select=True, constant=constant, settings=settings)
-    if _one_size(frontier.admitted) and found.fit.curve is not None:
-        message = "all points are of one model size: this is its learning curve, not a scaling law."
-        refused = Fit(form, "one_size", message, found.fit.num_points)
-        return LawFit(refused, None, HoldOut(form, "one_size", message, math.nan, 0))
-    held_out = hold_out(frontier, form, constant=constant)
-    return LawFit(found.fit, found.uncertainty, held_out)
-
-
-def _one_size(points: Sequence[Point]) -> bool:
-    """All points are known to be of one size (a size of 0 is unknown)."""
-    sizes = {p.num_params for p in points}
-    return len(sizes) == 1 and 0 not in sizes
+def _law_fit(frontier: Frontier, fitted: Fit, constant: float | None, settings: Settings) -> LawFit:
+    """One form on the frontier, with its intervals and its test beyond the cut."""
+    found = with_intervals(frontier, fitted, select=True, constant=constant, settings=settings)
+    if fitted.status == "one_size":
+        return LawFit(fitted, None, HoldOut(fitted.form, "one_size", fitted.message, math.nan, 0))
+    return LawFit(fitted, found.uncertainty, hold_out(frontier, fitted.form, constant=constant))
 
 
 def plain_json(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""One form through points of any origin: the fit, its intervals, and one status for both."""
+"""One form through points of any origin: the fit, held against the other forms, its intervals, one status for all."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import numpy as np
 
 from evaluation.scaling.fitting.compare import compare
 from evaluation.scaling.fitting.fits import Fit, Status, fit
-from evaluation.scaling.fitting.forms import Form
+from evaluation.scaling.fitting.forms import FORMS, Form
 from evaluation.scaling.frontier import Frontier
 from evaluation.scaling.intervals.bootstrap import Settings, fit_uncertainty, frontier_uncertainty
 from evaluation.scaling.intervals.rounds import Question
@@ -34,14 +34,50 @@ class OneFit:
     @property
     def status(self) -> FitStatus:
         """The fit's status; a sound fit whose intervals cannot be held to what they say is `uncalibrated`."""
-        return status_of(self.fit, self.uncertainty)
+        if self.fit.status == "ok" and self.uncertainty is not None and self.uncertainty.status != "ok":
+            return "uncalibrated"
+        return self.fit.status
 
 
-def status_of(fit: Fit, uncertainty: Uncertainty | None) -> FitStatus:
-    """One status for a fit and its intervals."""
-    if fit.status == "ok" and uncertainty is not None and uncertainty.status != "ok":
-        return "uncalibrated"
-    return fit.status
+def fit_forms(
+    frontier: Frontier, *, constant: float | None = None, confidence: float = 0.95, learning_curve: bool = False
+) -> dict[Form, Fit]:
+    """Every form through the frontier's points, each held against the others.
+
+    Args:
+        constant: a known constant, for the form `power`.
+        confidence: of the profile interval of a fitted constant.
+        learning_curve: points of one size are what is asked for; otherwise they are no law, and get no numbers.
+    """
+    c = columns(frontier.points)
+    known: dict[Form, float | None] = {form: constant if form == "power" else None for form in FORMS}
+    fits = [fit(c, form, constant=known[form], confidence=confidence) for form in FORMS]
+    sizes = sorted({p.num_params for p in frontier.admitted})
+    if len(sizes) == 1 and sizes[0] > 0 and not learning_curve:  # a size of 0 is unknown
+        fits = [_one_size(f, sizes[0]) if f.curve is not None else f for f in fits]
+    return {f.form: f for f in compare(fits)}
+
+
+def with_intervals(
+    frontier: Frontier, fitted: Fit, *, select: bool, constant: float | None, settings: Settings,
+    factors: Sequence[float] = FACTORS,
+) -> OneFit:  # fmt: skip
+    """The fit with its intervals; none without numbers, without rounds, or of a break that is not there.
+
+    Args:
+        select: the points are the frontier of their candidates, to be selected again in every round; otherwise they
+            are fitted as they are.
+        factors: of the largest compute, where the law is asked to predict.
+    """
+    if fitted.curve is None or fitted.status == "no_break" or settings.num_rounds == 0:
+        return OneFit(fitted, None)
+    known = constant or 0.0 if fitted.form == "power" else 0.0
+    low, high = frontier.points[0].compute, frontier.points[-1].compute
+    band = np.geomspace(low, high * BAND_BEYOND, BAND_POINTS)
+    question = Question(fitted.form, known, fitted.curve.reference_compute, high, band, tuple(factors))
+    if select:
+        return OneFit(fitted, frontier_uncertainty(frontier, fitted, question, settings))
+    return OneFit(fitted, fit_uncertainty(columns(frontier.points), fitted, question, settings))
 
 
 def fit_one(
@@ -52,27 +88,14 @@ def fit_one(
     constant: float | None = None,
     settings: Settings | None = None,
     factors: Sequence[float] = FACTORS,
+    learning_curve: bool = False,
 ) -> OneFit:
-    """Fit the frontier's points.
-
-    Args:
-        select: the points are the frontier of their candidates, to be selected again in every round; otherwise they
-            are fitted as they are.
-        constant: a known constant, for the form `power`.
-        settings: of the intervals; no rounds, no intervals.
-        factors: of the largest compute, where the law is asked to predict.
-    """
+    """One form with its intervals; the arguments are those of `fit_forms` and `with_intervals`."""
     settings = settings or Settings()
-    known = constant if form == "power" else None
-    c = columns(frontier.points)
-    fitted = fit(c, form, constant=known, confidence=settings.confidence)
-    if form == "power" and fitted.curve is not None:  # is it straight at all?
-        fitted = compare([fitted, fit(c, "power_constant", confidence=settings.confidence)])[0]
-    if fitted.curve is None or fitted.status == "no_break" or settings.num_rounds == 0:
-        return OneFit(fitted, None)  # the place of a break that is not there has no interval
-    low, high = frontier.points[0].compute, frontier.points[-1].compute
-    band = np.geomspace(low, high * BAND_BEYOND, BAND_POINTS)
-    question = Question(form, known or 0.0, fitted.curve.reference_compute, high, band, tuple(factors))
-    if select:
-        return OneFit(fitted, frontier_uncertainty(frontier, fitted, question, settings))
-    return OneFit(fitted, fit_uncertainty(c, fitted, question, settings))
+    fits = fit_forms(frontier, constant=constant, confidence=settings.confidence, learning_curve=learning_curve)
+    return with_intervals(frontier, fits[form], select=select, constant=constant, settings=settings, factors=factors)
+
+
+def _one_size(fitted: Fit, size: int) -> Fit:
+    message = f"all points are of one model size ({size:,}): its learning curve, not a scaling law."
+    return Fit(fitted.form, "one_size", message, fitted.num_points)

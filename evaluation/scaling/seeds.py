@@ -9,7 +9,9 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from evaluation.scaling.points import Point
+import numpy as np
+
+from evaluation.scaling.points import Array, Point
 
 
 def average_seeds(points: Sequence[Point]) -> list[Point]:
@@ -22,6 +24,16 @@ def average_seeds(points: Sequence[Point]) -> list[Point]:
     for point in points:
         groups.setdefault((names[point.run], point.compute), []).append(point)
     return [_mean(name, group) for (name, _), group in groups.items()]
+
+
+def averaging(points: Sequence[Point], means: Sequence[Point]) -> Array:
+    """The matrix [len(means), len(points)] that averages over seeds: rows add up to 1."""
+    names = mean_names(points)
+    row = {(p.run, p.compute): i for i, p in enumerate(means)}
+    matrix = np.zeros((len(means), len(points)))
+    for j, point in enumerate(points):
+        matrix[row[names[point.run], point.compute], j] = 1.0
+    return np.asarray(matrix / matrix.sum(axis=1, keepdims=True))
 
 
 def mean_names(points: Sequence[Point]) -> dict[str, str]:

@@ -25,7 +25,7 @@ def test_a_run_a_fit_and_one_for_the_report(law: Law) -> None:
     assert [run.tags["form"] for run in fits] == [law_fit.fit.form for law_fit in law.fits]
     assert fits[1].name == "law nll/test: c + a C^-b"
     assert {run.tags["kind"] for run in fits} == {"law"}
-    assert [run.params["status"] for run in fits] == [law_fit.fit.status for law_fit in law.fits]
+    assert [run.params["status"] for run in fits] == [law_fit.status for law_fit in law.fits]
     assert (report.id, report.tags["kind"], report.carries_files) == ("s-report", "report", True)
 
 

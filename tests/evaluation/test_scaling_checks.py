@@ -23,7 +23,7 @@ def fitted(value: np.ndarray, form: Form, compute: np.ndarray = COMPUTE) -> Fit:
 
 @pytest.mark.parametrize(("form", "truth"), [("power", POWER), ("power_constant", BENT)])
 @pytest.mark.parametrize("noise", [0.0, 0.01])
-@pytest.mark.parametrize("strange", [(3,), (0,), (15,), (2, 9), (5, 6, 7)])
+@pytest.mark.parametrize("strange", [(3,), (0,), (15,), (2, 9), (14, 15), (5, 6, 7)])
 def test_outliers_are_found_and_named(form: Form, truth: np.ndarray, noise: float, strange: tuple[int, ...]) -> None:
     value = truth * np.exp(np.random.default_rng(1).normal(0, noise, len(truth)))
     value[list(strange)] *= 1.25
@@ -42,10 +42,18 @@ def test_sound_points_are_no_outliers(form: Form, truth: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("form", ["power", "power_constant"])
-def test_values_that_rise_again_are_no_law(form: Form) -> None:
-    value = np.where(np.arange(16) < 11, POWER, POWER[10] * (COMPUTE / COMPUTE[10]) ** 0.1)
-    value = value * np.exp(np.random.default_rng(3).normal(0, 0.003, 16))
-    found = fitted(value, form)
+@pytest.mark.parametrize(("exponent", "rise_by"), [(0.15, 1.3), (0.3, 1.2), (0.3, 1.1)])
+@pytest.mark.parametrize("num", [12, 16, 24])
+def test_values_that_rise_again_are_no_law(form: Form, exponent: float, rise_by: float, num: int) -> None:
+    """Falling for two thirds of the range, then rising."""
+    compute = np.geomspace(1e16, 1e20, num)
+    lowest = compute[2 * num // 3]
+    log_rise = np.log(rise_by) / np.log(compute[-1] / lowest)
+    value = np.where(
+        compute <= lowest, (compute / lowest) ** -exponent, (np.maximum(compute, lowest) / lowest) ** log_rise
+    )
+    value = value * np.exp(np.random.default_rng(3).normal(0, 0.003, num))
+    found = fitted(value, form, compute)
     assert found.status == "not_monotone"
     assert "rises again" in found.message
 

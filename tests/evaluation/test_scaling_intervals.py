@@ -12,11 +12,12 @@ from benchmarks.law_coverage import Design, coverage, design_of
 from evaluation.scaling.fitting.forms import Form
 from evaluation.scaling.frontier import all_points, find_frontier
 from evaluation.scaling.intervals.bootstrap import Settings
-from evaluation.scaling.intervals.redraw import redraw, seeds_of_means
-from evaluation.scaling.intervals.spread import Smoother, Spread, spread_about_law, spread_of_curves
+from evaluation.scaling.intervals.redraw import redraw
+from evaluation.scaling.intervals.spread import Spread, spread_about_law, spread_of_curves
 from evaluation.scaling.law import fit_law
 from evaluation.scaling.one_fit import OneFit, fit_one
 from evaluation.scaling.points import Point, columns
+from evaluation.scaling.seeds import averaging
 
 
 def seeds(num: int, *, between: float, within: float, seed: int = 0, num_points: int = 8) -> list[Point]:
@@ -67,26 +68,72 @@ def test_the_spread_about_a_law_counts_runs_not_points() -> None:
     assert np.mean(squares) == pytest.approx(0.05**2 + 0.01**2 / 5, rel=0.1)
 
 
+def test_the_scatter_along_short_runs_is_that_of_the_seeds() -> None:
+    """Three checkpoints: no curve can be smoothed, but the seeds show how far points lie from their run's level."""
+    found = [spread_of_curves(seeds(3, between=0.002, within=0.012, seed=s, num_points=3)) for s in range(30)]
+    assert {(s.between_dof, s.within_dof) for s in found} == {(10, 20)}
+    assert np.sqrt(np.mean([s.within**2 for s in found])) == pytest.approx(0.012, rel=0.1)
+
+
 def test_drawn_studies_scatter_as_the_spread_says() -> None:
-    points = seeds(1, between=0.0, within=0.0)
-    c = columns(points)
-    mean = Smoother(c)(np.log(c.value)[None])[0]
+    c = columns(seeds(1, between=0.0, within=0.0))
     spread = Spread(between=0.02, between_dof=np.inf, within=0.01, within_dof=np.inf, source="given")
-    drawn = redraw(c, mean, spread, num_rounds=4000, seed=0) - mean
+    drawn = redraw(c, spread, num_rounds=4000, seed=0)
     levels = np.stack([drawn[:, c.run == run].mean(axis=1) for run in range(5)], axis=1)
     assert levels.std(axis=0) == pytest.approx(0.02, rel=0.05)
     assert abs(np.corrcoef(levels.T) - np.eye(5)).max() < 0.06
     within = drawn[:, c.run == 0] - levels[:, :1]
     assert np.sqrt((within**2).sum(axis=1).mean() / 7) == pytest.approx(0.01, rel=0.05)
-    means = redraw(c, mean, spread, num_seeds=np.full(5, 4.0), num_rounds=4000, seed=0) - mean
-    assert means.std() == pytest.approx(drawn.std() / 2, rel=0.03)
-    few = redraw(c, mean, dataclasses.replace(spread, between_dof=4), num_rounds=4000, seed=0) - mean
+    few = redraw(c, dataclasses.replace(spread, between_dof=4), num_rounds=4000, seed=0)
     assert np.quantile(np.abs(few), 0.99) > 1.3 * np.quantile(np.abs(drawn), 0.99)  # less is known of the spread
+    wide = redraw(c, spread, num_rounds=4000, seed=0, scale=np.where(c.run == 1, 3.0, 1.0))
+    assert wide[:, c.run == 1].std() == pytest.approx(3 * drawn[:, c.run == 1].std())
 
 
-def test_seeds_of_a_mean_are_counted() -> None:
-    frontier = find_frontier(seeds(3, between=0.01, within=0.01))
-    assert seeds_of_means(columns(frontier.candidates), frontier.admitted).tolist() == [3.0] * 5
+def test_a_mean_over_seeds_scatters_less() -> None:
+    points = seeds(4, between=0.01, within=0.01)
+    frontier = find_frontier(points)
+    average = averaging(frontier.admitted, frontier.candidates)
+    assert average.sum(axis=1) == pytest.approx(1)
+    assert {int(n) for n in (average > 0).sum(axis=1)} == {4}
+    c = columns(frontier.admitted)
+    assert average @ c.value == pytest.approx([p.value for p in frontier.candidates])
+    spread = Spread(0.02, np.inf, 0.01, np.inf, "given")
+    drawn = redraw(c, spread, num_rounds=4000, seed=0)
+    assert (drawn @ average.T).std() == pytest.approx(drawn.std() / 2, rel=0.03)
+
+
+def test_seeds_that_stop_early_make_late_points_uncalibrated() -> None:
+    whole = seeds(3, between=0.005, within=0.003, num_points=12)
+    assert one(whole, "power_constant", select=True, num_rounds=100).status == "ok"
+    stopped = [p for p in whole if p.seed == 0 or p.compute < 2e13]
+    found = one(stopped, "power_constant", select=True, num_rounds=100)
+    assert found.status == "uncalibrated"
+    assert found.uncertainty is not None
+    assert "single seed" in found.uncertainty.message
+
+
+def test_points_scatter_as_their_standard_errors_say() -> None:
+    """Dear points are precise here, cheap ones are not: intervals as narrow as weighted least squares deserves."""
+    compute = np.geomspace(1e15, 1e19, 12)
+    error = np.where(compute < 1e17, 0.05, 0.003)
+    widths, held = [], 0
+    for seed in range(40):
+        value = 3 * (compute / 1e15) ** -0.2 * np.exp(np.random.default_rng(seed).normal(0, error))
+        points = [
+            point(x, y, stderr=e * y, run=str(i), num_params=i + 1)
+            for i, (x, y, e) in enumerate(zip(compute.tolist(), value.tolist(), error.tolist(), strict=True))
+        ]
+        found = one(points, "power", num_rounds=200)
+        assert found.uncertainty is not None
+        low, high = found.uncertainty.intervals["exponent"]
+        widths.append(high - low)
+        held += low < 0.2 < high
+    x = np.log(compute)
+    weight = error**-2.0
+    spread = np.sqrt(1 / np.sum(weight * (x - np.average(x, weights=weight)) ** 2))
+    assert np.median(widths) == pytest.approx(2 * 2.23 * spread, rel=0.25)  # Student's t of ten degrees of freedom
+    assert held >= 34  # of 40; fewer once in a hundred times where 95 % are held
 
 
 def test_no_noise_no_width() -> None:
@@ -125,7 +172,7 @@ def test_runs_are_drawn_and_not_points(num_runs: int) -> None:
 
 def test_a_given_spread_widens_what_single_points_cannot_know() -> None:
     points = [
-        point(float(x), float(3 * (x / 1e12) ** -0.2), run=r, num_params=1)
+        point(float(x), float(3 * (x / 1e12) ** -0.2), run=r, num_params=0)
         for r in ("a", "b")
         for x in np.geomspace(1e12, 1e15, 6)
     ]
@@ -173,12 +220,33 @@ def test_intervals_of_a_break_hold_it() -> None:
 def test_coverage_of_simulated_studies(num_seeds: int, calibrated: bool) -> None:
     """The short twin of `python -m benchmarks.law_coverage`: frontier selection and all, 60 studies.
 
-    Where the truth is held in 90 to 98 of 100 studies, 60 studies show 48 to 60 of them but once in a thousand times.
+    Where 95 of 100 are held, 60 studies show fewer than 51 once in a thousand times.
     """
     design: Design = design_of(study(num_seeds=3, seed=3))
     assert 0.002 < design.between < 0.01
     lines = coverage(design, num_seeds, 60, Settings(num_rounds=200), workers=1)
-    assert {line["interval_ok"] for line in lines} == {float(calibrated)}
     if calibrated:
-        assert min(float(str(line["covered"])) for line in lines) >= 48 / 60
+        assert min(float(str(line["interval_ok"])) for line in lines) > 0.9
+        assert min(float(str(line["covered"])) for line in lines) >= 51 / 60
         assert {line["parameter"] for line in lines} >= {"exponent", "constant", "amplitude"}
+    else:
+        assert {line["interval_ok"] for line in lines} == {0.0}
+
+
+def test_coverage_with_few_checkpoints() -> None:
+    """Runs of four points that scatter more along themselves than between seeds."""
+    points = []
+    for size in (1e5, 2e5, 4e5, 8e5, 1.6e6):
+        for images in np.geomspace(2000, 1e9 / size**0.5, 4).tolist():
+            value = 2 + 0.5 * (size / 1e6) ** -0.3 + 1.2 * (images / 1e4) ** -0.35
+            points.append(point(images * size * 6e3, value, num_params=int(size), images=int(images), run=str(size)))
+    lines = coverage(Design(tuple(points), 0.002, 0.008), 3, 60, Settings(num_rounds=200), workers=1)
+    assert min(float(str(line["interval_ok"])) for line in lines) > 0.5
+    assert min(float(str(line["covered"])) for line in lines if "profile" not in str(line["parameter"])) >= 51 / 60
+
+
+def test_frontiers_that_luck_decides_are_uncalibrated() -> None:
+    found = one(seeds(3, between=0.05, within=0.05), "power", select=True, num_rounds=100)
+    assert found.uncertainty is not None
+    assert found.uncertainty.status == "uncalibrated"
+    assert "luck" in found.uncertainty.message

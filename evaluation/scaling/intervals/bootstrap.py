@@ -14,12 +14,13 @@ import numpy as np
 
 from evaluation.scaling.fitting.fits import Fit
 from evaluation.scaling.frontier import Frontier, frontier_mask
-from evaluation.scaling.intervals.redraw import redraw, seeds_of_means
+from evaluation.scaling.intervals.redraw import redraw
 from evaluation.scaling.intervals.rounds import Draws, Question, solve_rounds
 from evaluation.scaling.intervals.spread import MIN_DOF, Smoother, Spread, spread_about_law, spread_of_curves
 from evaluation.scaling.intervals.summary import ends
 from evaluation.scaling.intervals.uncertainty import Method, Uncertainty, UncertaintyStatus
 from evaluation.scaling.points import Array, Columns, columns
+from evaluation.scaling.seeds import averaging
 
 MIN_RESAMPLED_RUNS = 30  # with fewer, percentiles over resampled runs are too narrow
 MIN_VALID_SHARE = 0.8
@@ -63,16 +64,18 @@ def frontier_uncertainty(frontier: Frontier, fit: Fit, question: Question, setti
     """Intervals of a form that was fitted to the frontier, which is selected again in every round."""
     c = columns(frontier.candidates)
     spread = spread_of_curves(frontier.admitted, settings.run_spread)
-    smoother, seeds = Smoother(c), seeds_of_means(c, frontier.admitted)
-    mean = smoother(np.log(c.value)[None])[0]
-    log_values = redraw(c, mean, spread, num_seeds=seeds, num_rounds=settings.num_rounds, seed=settings.seed)
+    mean = Smoother(c)(np.log(c.value)[None])[0]
+    average = averaging(frontier.admitted, frontier.candidates)
+    drawn = redraw(columns(frontier.admitted), spread, num_rounds=settings.num_rounds, seed=settings.seed)
+    log_values = mean + drawn @ average.T
     counts = frontier_mask(c, log_values).astype(np.float64)
     centre = (np.exp(mean), frontier_mask(c, mean[None])[0].astype(np.float64))
-    reached = {p.run for p in frontier.points}
-    doubt = _doubt(spread) or _frontier_doubt(frontier, spread, float(min(seeds[c.runs.index(r)] for r in reached)))
+    on_frontier = frontier_mask(c, np.log(c.value)[None])[0]
+    num_seeds = int((average[on_frontier] > 0).sum(axis=1).min())
+    doubt = _doubt(spread) or _frontier_doubt(frontier, spread, num_seeds)
     if fit.form == "broken":
         doubt = doubt or _UNTRIED
-    basis = _Basis("redraw", spread, len(c.runs), len(reached), doubt)
+    basis = _Basis("redraw", spread, len(c.runs), len({p.run for p in frontier.points}), doubt)
     draws = Draws(c.compute, np.exp(log_values), c.stderr, counts, centre)
     return _uncertainty(draws, fit, question, settings, basis)
 
@@ -86,8 +89,10 @@ def fit_uncertainty(c: Columns, fit: Fit, question: Question, settings: Settings
     assert fit.curve is not None
     law = fit.curve(c.compute)
     residual = np.log(c.value) - np.log(law)
-    spread = spread_about_law(c, residual, fit.num_parameters, settings.run_spread)
-    log_values = redraw(c, np.log(law), spread, num_rounds=settings.num_rounds, seed=settings.seed)
+    scale = _relative_errors(c, law)
+    spread = spread_about_law(c, residual, fit.num_parameters, settings.run_spread, scale)
+    drawn = redraw(c, spread, num_rounds=settings.num_rounds, seed=settings.seed, scale=scale)
+    log_values = np.log(law) + drawn
     draws = Draws(c.compute, np.exp(log_values), c.stderr, np.ones_like(log_values), (law, everything))
     return _uncertainty(draws, fit, question, settings, _Basis("redraw", spread, num_runs, num_runs, _doubt(spread)))
 
@@ -129,11 +134,11 @@ def _doubt(spread: Spread) -> str:
     )
 
 
-def _frontier_doubt(frontier: Frontier, spread: Spread, num_seeds: float) -> str:
+def _frontier_doubt(frontier: Frontier, spread: Spread, num_seeds: int) -> str:
     """Why a frontier may favour lucky curves so much that the intervals miss.
 
     Args:
-        num_seeds: the fewest that a curve on the frontier is the mean of.
+        num_seeds: the fewest that a point on the frontier is the mean of.
     """
     if num_seeds < 2:
         return _SINGLE_SEED
@@ -146,6 +151,14 @@ def _frontier_doubt(frontier: Frontier, spread: Spread, num_seeds: float) -> str
         f"points of the frontier scatter by {scatter:.1%}, and it falls by {-np.expm1(-fall):.0%} in all: who is ahead "
         "is largely luck, and the intervals may miss the truth more often than they say. Train more seeds a size."
     )
+
+
+def _relative_errors(c: Columns, law: Array) -> Array | None:
+    """The standard errors of the points, relative to their values and to one another [n]; None without any."""
+    if c.stderr is None:
+        return None
+    errors = c.stderr / law
+    return np.asarray(errors / np.exp(np.log(errors).mean()))
 
 
 def _resampled(num_runs: int, c: Columns, settings: Settings) -> Array:

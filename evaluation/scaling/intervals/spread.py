@@ -1,6 +1,7 @@
 """How much values scatter: between runs that are alike but for their seed, and along one run. All in log value.
 
-From seeds: runs of one size, evaluated at the same computes, are a one-way layout; its mean squares are the estimates.
+From seeds: runs of one size by the computes they were evaluated at are a two-way layout, and its mean squares are the
+estimates: of run levels, and of what is left when levels and the means of the computes are taken out.
 Without repeated seeds the spread between runs shows only in how far runs lie from a law they all should follow, and
 that needs more runs than the law has parameters. A law through few single-seed curves says nothing of it: then it must
 be given, or the intervals are not calibrated.
@@ -61,31 +62,40 @@ class Smoother:
 
 
 def spread_of_curves(points: Sequence[Point], given: float | None = None) -> Spread:
-    """The spread of runs about smooth curves of their own, from repeated seeds, or given.
+    """The spread of runs about curves of their own: from repeated seeds, or given.
 
     Args:
         points: of the runs themselves (not averaged over seeds), positive and finite.
         given: standard deviation of log value between runs that differ in seed alone, known from elsewhere.
     """
-    within, within_dof, per_run = _along_curves(columns(points))
+    layout = _seed_layout(points)
+    within, within_dof = layout.within, float(layout.within_dof)
+    if within_dof < MIN_DOF:  # hardly repeated: what a run's own smooth curve leaves
+        within, within_dof = _along_curves(columns(points))
     if given is not None:
+        per_run = len(points) / max(1, len({p.run for p in points}))
         return Spread(float(np.hypot(given, within / np.sqrt(per_run))), np.inf, within, within_dof, "given")
-    levels, dof = _seed_levels(points)
-    if dof >= 1:
-        return Spread(float(np.sqrt(levels / dof)), dof, within, within_dof, "seeds")
+    if layout.between_dof >= 1:
+        return Spread(layout.between, layout.between_dof, within, within_dof, "seeds")
     return Spread(within, 0, within, within_dof, "unknown")
 
 
-def spread_about_law(c: Columns, log_residual: Array, num_parameters: int, given: float | None = None) -> Spread:
+def spread_about_law(
+    c: Columns, log_residual: Array, num_parameters: int, given: float | None = None, scale: Array | None = None
+) -> Spread:
     """The spread of the runs in `c` about a law that all their points should follow.
 
     Args:
         log_residual: log value minus log law [n].
         num_parameters: of the law: degrees of freedom that it took.
+        scale: relative size of each point's scatter [n], which the spread is in units of; default: all alike.
     """
+    scale = np.ones(len(c.value)) if scale is None else scale
     counts = np.bincount(c.run)
-    level = np.bincount(c.run, weights=log_residual) / counts
-    rest = log_residual - level[c.run]
+    weight = scale**-2.0
+    level = np.bincount(c.run, weights=weight * log_residual) / np.bincount(c.run, weights=weight)
+    rest = (log_residual - level[c.run]) / scale
+    level = level / run_scales(c, scale)
     between_dof, within_dof = len(counts) - num_parameters, len(log_residual) - len(counts)
     within = float(np.sqrt(rest @ rest / within_dof)) if within_dof > 0 else 0.0
     if given is not None:
@@ -93,35 +103,56 @@ def spread_about_law(c: Columns, log_residual: Array, num_parameters: int, given
         return Spread(float(np.hypot(given, own)), np.inf, within, max(within_dof, 1), "given")
     if between_dof >= 1:
         return Spread(float(np.sqrt(level @ level / between_dof)), between_dof, within, max(within_dof, 1), "residuals")
-    everything = float(np.sqrt(log_residual @ log_residual / max(1, len(log_residual) - num_parameters)))
+    together = log_residual / scale
+    everything = float(np.sqrt(together @ together / max(1, len(together) - num_parameters)))
     return Spread(everything, 0, within, max(within_dof, 1), "unknown")
 
 
-def _along_curves(c: Columns) -> tuple[float, float, float]:
-    """Standard deviation of points about their own smooth curve, its degrees of freedom, and points a run."""
+def run_scales(c: Columns, scale: Array) -> Array:
+    """The relative size of the scatter of each run's level [runs], from that of its points [n]."""
+    return np.asarray(np.sqrt(np.bincount(c.run, weights=scale**2) / np.bincount(c.run)))
+
+
+def _along_curves(c: Columns) -> tuple[float, float]:
+    """Standard deviation of points about their own smooth curve, and its degrees of freedom."""
     smoother, log_value = Smoother(c), np.log(c.value)
     residual = log_value - smoother(log_value[None])[0]
-    counts = np.bincount(c.run)
     dof = float(len(residual) - smoother.degrees_of_freedom.sum())
-    per_run = float(counts.mean())
     if dof >= 1:
-        return float(np.sqrt(residual @ residual / dof)), dof, per_run
+        return float(np.sqrt(residual @ residual / dof)), dof
     if c.stderr is not None:  # runs of few points: what their evaluations say of themselves
-        return float(np.sqrt(np.mean((c.stderr / c.value) ** 2))), np.inf, per_run
-    return 0.0, 1.0, per_run
+        return float(np.sqrt(np.mean((c.stderr / c.value) ** 2))), 1.0
+    return 0.0, 1.0
 
 
-def _seed_levels(points: Sequence[Point]) -> tuple[float, int]:
-    """Sum of squares of run levels about the mean of their seeds, and its degrees of freedom."""
+@dataclass(frozen=True)
+class _Layout:
+    """Runs of a size by computes, where several seeds were evaluated: root mean squares with degrees of freedom."""
+
+    between: float  # of run levels
+    between_dof: int
+    within: float  # of single points about their run's level and their compute's mean
+    within_dof: int
+
+
+def _seed_layout(points: Sequence[Point]) -> _Layout:
     names = mean_names(points)
     by_place: dict[tuple[str, float], list[Point]] = {}
     for point in points:
         by_place.setdefault((names[point.run], point.compute), []).append(point)
-    deviations: dict[str, list[float]] = {}  # by run, where others of its curve were evaluated too
-    for group in by_place.values():
-        if len(group) > 1:
-            mean = np.mean([np.log(p.value) for p in group])
-            for p in group:
-                deviations.setdefault(p.run, []).append(float(np.log(p.value) - mean))
-    squares = sum(float(np.mean(d)) ** 2 for d in deviations.values())
-    return squares, len(deviations) - len({names[run] for run in deviations})
+    repeated = [group for group in by_place.values() if len(group) > 1]
+    deviations: dict[str, list[float]] = {}  # by run
+    for group in repeated:
+        mean = np.mean([np.log(p.value) for p in group])
+        for p in group:
+            deviations.setdefault(p.run, []).append(float(np.log(p.value) - mean))
+    levels = {run: float(np.mean(d)) for run, d in deviations.items()}
+    rest = sum(float(np.sum((np.array(d) - levels[run]) ** 2)) for run, d in deviations.items())
+    between_dof = len(levels) - len({names[run] for run in levels})
+    within_dof = sum(len(d) for d in deviations.values()) - len(repeated) - between_dof
+    return _Layout(
+        float(np.sqrt(sum(x * x for x in levels.values()) / max(1, between_dof))),
+        between_dof,
+        float(np.sqrt(rest / max(1, within_dof))),
+        within_dof,
+    )

@@ -128,7 +128,7 @@ def _resampled(full: FullFit, num_rounds: int, seed: int) -> Array:
 def _redrawn(full: FullFit, residual: Array, spread: Spread, num_rounds: int, seed: int) -> Array:
     """Parameters [num_rounds, 5] of rounds of new runs about the law."""
     problem = full.problem
-    log_y = redraw(full.columns, problem.log_y - residual, spread, num_rounds=num_rounds, seed=seed)
+    log_y = problem.log_y - residual + redraw(full.columns, spread, num_rounds=num_rounds, seed=seed)
     rows = solver.Problem(problem.u, problem.v, log_y, problem.upper)
     return full.rounds(rows, np.broadcast_to(full.weights, log_y.shape))
 
