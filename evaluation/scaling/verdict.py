@@ -24,7 +24,7 @@ def describe(law: Law) -> list[str]:
     for law_fit in law.fits:
         name = FORMULAS[law_fit.fit.form]
         chi2 = law_fit.fit.chi2_per_dof
-        if chi2 is not None and chi2 > 2:
+        if chi2 is not None and chi2 > 2 and law_fit.fit.status != "no_break":
             notes.append(
                 f"{name}: the points lie {chi2**0.5:.1f} times further from the fit than their own standard errors "
                 "say: runs differ, or the form is wrong."

@@ -54,8 +54,8 @@ def outliers(refit: Refit, weights: Array, scale: Array) -> list[int]:
 def rise(log_compute: Array, log_value: Array, weights: Array) -> float | None:
     """How far (in log value) values rise with compute against all sound decreasing curves; None where they do not.
 
-    The nearest non-increasing sequence (pool adjacent violators) is missed by more than points scatter about the straight
-    line between their neighbours. The median of that scatter counts, which a bend or a valley leaves alone.
+    The nearest non-increasing sequence (pool adjacent violators) is missed by more than points scatter about the
+    straight line between their neighbours. The median of that scatter counts, which a bend or a valley leaves alone.
     """
     order = np.lexsort((log_value, log_compute))
     x, y, w = log_compute[order], log_value[order], weights[order]
