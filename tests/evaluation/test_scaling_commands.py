@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from scaling_points import study
+from size_data_points import TRUE, chinchilla, curves
 
 from data_pipeline.errors import DataError, UserError
 from evaluation.scaling.__main__ import main
@@ -176,11 +177,167 @@ def test_any_text_may_say_what_was_measured(tmp_path: Path, first: str, second: 
         require_one_kind(read_csv(path))
 
 
-def test_one_size_is_a_learning_curve(run: Any, tmp_path: Path) -> None:
-    path = tmp_path / "p.csv"
-    rows = [f"{x!r},{5 * x**-0.1!r},123" for x in np.geomspace(1, 1e4, 9).tolist()]
-    path.write_text("\n".join(["compute,value,num_params", *rows]))
-    assert json.loads(run("fit", path, "--json"))["status"] == "one_size"
+@pytest.fixture
+def one_size(tmp_path: Path) -> Path:
+    """A learning curve: one size, its loss exactly a power law of the images."""
+    path = tmp_path / "one.csv"
+    images = [round(x) for x in np.geomspace(2000, 2e7, 12)]
+    rows = [f"{6e6 * x!r},{5 * x**-0.1!r},123,{x}" for x in images]
+    path.write_text("\n".join(["compute,value,num_params,images", *rows]))
+    return path
+
+
+@pytest.mark.parametrize("how", [(), ("--frontier",), ("--x", "images")])
+def test_one_size_is_a_learning_curve(run: Any, one_size: Path, how: tuple[str, ...]) -> None:
+    """Not a law in compute, by any command; a law in images where that is what is asked for."""
+    words = (one_size, "--rounds", "0", "--json", *how)
+    fitted, predicted = json.loads(run("fit", *words)), json.loads(run("predict", *words, "--form", "power"))
+    compared = json.loads(run("compare", *words))
+    statuses = {f["status"] for f in (fitted, predicted, compared["forms"][0])}
+    if "images" in how:
+        assert statuses == {"ok"}
+        assert fitted["parameters"]["exponent"] == pytest.approx(0.1, rel=1e-9)
+        assert compared["backtest"]
+    else:
+        assert statuses == {"one_size"}
+        assert (fitted["parameters"], predicted["predictions"], compared["backtest"]) == ({}, [], [])
+        assert {f["held_out"]["status"] for f in compared["forms"]} == {"one_size"}
+        assert "one model size (123)" in run("compare", one_size, *how, "--rounds", "0")
+
+
+@pytest.fixture
+def sized(tmp_path: Path) -> Path:
+    """Curves of a known L(N, D), in the columns that the field calls N and D."""
+    path = tmp_path / "sized.csv"
+    points = curves(between=0.003, within=0.002, num_seeds=2)
+    rows = [f"{p.compute!r},{p.value!r},{p.num_params},{p.images},{p.run}" for p in points]
+    path.write_text("\n".join(["flops,loss,N,D,model", *rows]))
+    return path
+
+
+SIZED = ("--form", "size_data", "--params", "N", "--images", "D")
+
+
+def test_size_and_data(run: Any, sized: Path) -> None:
+    found = json.loads(run("fit", sized, *NAMES, *SIZED, "--json"))
+    assert (found["status"], found["num_points"], found["num_runs"]) == ("ok", 96, 12)
+    assert found["parameters"]["alpha"] == pytest.approx(TRUE.alpha, rel=0.1)
+    assert found["intervals"]["alpha"][0] < TRUE.alpha < found["intervals"]["alpha"][1]
+    assert found["fit"]["curve"]["E"] == found["parameters"]["E"]
+    assert found["fit"]["bootstrap"]["num_rounds"] == 50
+    assert "samples" not in found["fit"]["bootstrap"]
+    text = run("fit", sized, *NAMES, *SIZED)
+    assert "alpha" in text
+    assert "95% of rounds" in text
+    assert "weights: equal relative errors" in text
+
+
+def test_size_and_data_take_a_known_spread(run: Any, sized: Path) -> None:
+    alone, given = (
+        json.loads(run("fit", sized, *NAMES, *SIZED, "--json", *words)) for words in ((), ("--run-spread", "0.05"))
+    )
+    width = [np.ptp(found["intervals"]["alpha"]) for found in (alone, given)]
+    assert width[1] > 2 * width[0]
+
+
+def test_size_and_data_of_chinchilla(run: Any, tmp_path: Path) -> None:
+    """Besiroglu et al. 2024, table 1: E = 1.8172, alpha = 0.3478, beta = 0.3658, to a fiftieth of their errors."""
+    write_csv(tmp_path / "chinchilla.csv", chinchilla())
+    words = ("fit", tmp_path / "chinchilla.csv", "--form", "size_data", "--loss", "lad", "--rounds", "0", "--json")
+    found = json.loads(run(*words))
+    assert (found["status"], found["num_points"], found["weighted"]) == ("ok", 240, False)
+    assert found["parameters"]["E"] == pytest.approx(1.8172, abs=6e-4)
+    assert found["parameters"]["alpha"] == pytest.approx(0.3478, abs=4e-4)
+    assert found["parameters"]["beta"] == pytest.approx(0.3658, abs=4e-4)
+    assert found["intervals"] == {}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("fit", "--form", "size_data", "--constant", "3"), "--constant has no meaning for --form size_data"),
+        (("fit", "--form", "size_data", "--frontier"), "--frontier has no meaning for --form size_data"),
+        (("fit", "--form", "size_data", "--loss", "lad", "--delta", "1"), "--delta has no meaning for --loss lad"),
+        (("fit", "--form", "power", "--loss", "lsq"), "--loss has no meaning for --form power"),
+        (("fit", "--form", "broken", "--constant", "3"), "--constant 3 has no meaning for --form broken"),
+        (("predict", "--form", "broken", "--constant", "fit"), "--constant fit has no meaning for --form broken"),
+        (("compare", "--constant", "profile"), "--constant profile has no meaning for compare"),
+    ],
+)
+def test_options_without_a_meaning_are_refused(run: Any, table: Path, words: tuple[str, ...], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run(words[0], table, *NAMES, *words[1:])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("predict", "POINTS", "--at", "1e20", "--factor", "10"), "not allowed with argument"),
+        *(
+            ((*command, "--rounds", "49"), "percentiles of 49 rounds mean nothing: take 50 or more, or 0")
+            for command in (
+                ("fit", "POINTS"), ("predict", "POINTS"), ("compare", "POINTS"), ("isoflop", "POINTS"),
+                ("size", "POINTS", "--compute", "1"), ("plot", "POINTS", "--out", "x.png"),
+            )
+        ),
+        (("fit", "POINTS", "--rounds", "many"), "'many' is not a whole number"),
+        (("frontier", "POINTS", "--min-images", "-1"), "'-1' is not a whole number"),
+        (("fit", "POINTS", "--confidence", "95"), "'95' does not lie between 0 and 1"),
+    ],
+)  # fmt: skip
+def test_options_out_of_range(
+    run: Any, capsys: pytest.CaptureFixture[str], words: tuple[str, ...], message: str
+) -> None:
+    with pytest.raises(SystemExit) as ended:
+        run(*words)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_all_commands_select_the_same_frontier(run: Any, studied: Path) -> None:
+    """The study's first points, after 600 images, are left out by default and taken where that is asked for."""
+    nums = []
+    for words in ((), ("--min-images", "0"), ("--min-images", "5000")):
+        frontier = json.loads(run("frontier", studied, "--json", *words))
+        fitted, predicted = (
+            json.loads(run(command, studied, "--frontier", "--rounds", "0", "--json", *words))
+            for command in ("fit", "predict")
+        )
+        assert fitted["num_points"] == predicted["num_points"] == len(frontier["points"])
+        nums.append(len(frontier["points"]))
+    assert len(set(nums)) == 3
+    everything, late = (
+        json.loads(run("fit", studied, "--rounds", "0", "--json", *words))["num_points"]
+        for words in ((), ("--min-images", "1000"))
+    )
+    points = study(num_seeds=3)
+    assert (everything, late) == (len(points), sum(p.images >= 1000 for p in points))
+    assert late < everything
+
+
+@pytest.mark.parametrize(
+    ("errors", "text", "weighted"),
+    [
+        (["0.1"] * 12, "weights: standard errors", True),
+        ([""] * 12, "weights: equal relative errors", False),
+        (["0.1"] * 9 + ["", "0", "nan"], "weights: none: 3 of 12 points have no positive standard error", False),
+    ],
+)
+def test_a_fit_says_how_its_points_are_weighted(
+    run: Any, table: Path, errors: list[str], text: str, weighted: bool
+) -> None:
+    header, *rows = table.read_text().split("\n")
+    table.write_text("\n".join([f"{header},stderr", *(f"{row},{e}" for row, e in zip(rows, errors, strict=True))]))
+    words = ("fit", table, *NAMES[:-1], "0")
+    assert text in run(*words).split("\n")
+    assert json.loads(run(*words, "--json"))["weighted"] is weighted
+
+
+def test_a_known_constant_is_part_of_the_formula(run: Any, table: Path) -> None:
+    words = (table, *NAMES[:-1], "0", "--constant", "2.75")
+    assert "form         2.75 + a C^-b" in run("fit", *words)
+    assert json.loads(run("predict", *words, "--json"))["formula"] == "2.75 + a C^-b"
+    assert "2.75 + a C^-b" in run("compare", *words)
 
 
 def test_mistakes_are_one_line_and_exit_code_2(table: Path, tmp_path: Path) -> None:

@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
+from data_pipeline.errors import UserError
 from evaluation.scaling.commands.common import print_json
-from evaluation.scaling.commands.fit_options import add_fit_options, chosen_frontier, form_and_constant, settings_of
+from evaluation.scaling.commands.fit_options import (
+    add_fit_options,
+    chosen_frontier,
+    form_and_constant,
+    formula,
+    is_learning_curve,
+    settings_of,
+    weights_text,
+)
 from evaluation.scaling.commands.plain_table import plain_table
-from evaluation.scaling.fitting.compare import akaike_weights, compare
+from evaluation.scaling.fitting.compare import akaike_weights
 from evaluation.scaling.fitting.forms import FORMS, FORMULAS
 from evaluation.scaling.holdout import HoldOut, backtest, hold_out
 from evaluation.scaling.one_fit import OneFit, fit_one
@@ -27,30 +37,41 @@ def add(subparsers: Any) -> None:
 def run(arguments: argparse.Namespace) -> int:
     """Fit every form and print."""
     _, constant = form_and_constant("power", arguments.constant)
+    if arguments.constant is not None and constant is None:
+        raise UserError(f"--constant {arguments.constant} has no meaning for compare: one of the forms has a constant.")
     frontier, select, settings = chosen_frontier(arguments), arguments.frontier, settings_of(arguments)
-    found = [fit_one(frontier, form, select=select, constant=constant, settings=settings) for form in FORMS]
-    judged = compare([f.fit for f in found])
-    found = [OneFit(fit, f.uncertainty) for fit, f in zip(judged, found, strict=True)]
-    held = [hold_out(frontier, form, constant=constant, select=select) for form in FORMS]
-    tests = backtest(frontier, constant=constant, select=select)
+    curve = is_learning_curve(arguments)
+    found = [
+        fit_one(frontier, form, select=select, constant=constant, settings=settings, learning_curve=curve)
+        for form in FORMS
+    ]
+    if any(f.fit.status == "one_size" for f in found):  # no law, so nothing that it predicts
+        held = [HoldOut(f.fit.form, f.fit.status, f.fit.message, math.nan, 0) for f in found]
+        tests: tuple[HoldOut, ...] = ()
+    else:
+        held = [hold_out(frontier, form, constant=constant, select=select) for form in FORMS]
+        tests = backtest(frontier, constant=constant, select=select)
     weights = akaike_weights([f.fit for f in found])
     if arguments.json:
         forms = [
-            {"form": f.fit.form, "status": f.status, "message": f.fit.message, "aicc": f.fit.aicc,
-             "akaike_weight": weights.get(f.fit.form), "held_out": dataclasses.asdict(h),
-             "fit": dataclasses.asdict(f.fit)}
+            {"form": f.fit.form, "formula": formula(f.fit.form, constant), "status": f.status,
+             "message": f.fit.message, "aicc": f.fit.aicc, "akaike_weight": weights.get(f.fit.form),
+             "held_out": dataclasses.asdict(h), "fit": dataclasses.asdict(f.fit)}
             for f, h in zip(found, held, strict=True)
         ]  # fmt: skip
         print_json({"forms": forms, "backtest": [dataclasses.asdict(test) for test in tests]})
     else:
-        print("\n\n".join([_forms_table(found, held, weights), backtest_table(tests)]))
+        parts = [_forms_table(found, held, weights, constant), weights_text(frontier.points)]
+        print("\n\n".join(parts + ([backtest_table(tests)] if tests else [])))
     return 0
 
 
-def _forms_table(found: Sequence[OneFit], held: Sequence[HoldOut], weights: dict[str, float]) -> str:
+def _forms_table(
+    found: Sequence[OneFit], held: Sequence[HoldOut], weights: dict[str, float], constant: float | None
+) -> str:
     rows = [
         [
-            FORMULAS[f.fit.form],
+            formula(f.fit.form, constant),
             "" if f.fit.aicc is None else f"{f.fit.aicc:.4g}",
             f"{weights[f.fit.form]:.3f}" if f.fit.form in weights else "",
             _percent(h.mean_relative_error),

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 
 from data_pipeline.errors import UserError
-from evaluation.scaling.commands.common import add_points, chosen_points
-from evaluation.scaling.fitting.forms import Form
-from evaluation.scaling.frontier import Frontier, all_points, find_frontier
+from evaluation.scaling.commands.common import add_points, chosen_points, since
+from evaluation.scaling.commands.options import add_bootstrap, add_min_images, add_run_spread, share
+from evaluation.scaling.fitting.forms import FORMULAS, Form
+from evaluation.scaling.frontier import MIN_IMAGES, Frontier, all_points, find_frontier
 from evaluation.scaling.intervals.bootstrap import Settings
-from evaluation.scaling.points import require_one_kind
+from evaluation.scaling.points import Point, columns, require_one_kind
+from evaluation.scaling.sources import MLFLOW
 
 FORM_HELP = (
     "power: a x^-b; power_constant: c + a x^-b; paper: the same as c + (k x)^-b; broken: with a smooth break; "
@@ -24,20 +27,15 @@ def add_fit_options(command: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--frontier", action="store_true", help="fit the compute frontier (lower envelope) instead of all points"
     )
+    add_min_images(command, default=None, note=f" (default: {MIN_IMAGES:,} with --frontier, else none are left out)")
     command.add_argument(
         "--constant",
         metavar="V|fit|profile",
         help="a number V: y - V = a x^-b is fitted; fit: the constant is fitted; profile: with its profile interval",
     )
-    command.add_argument("--rounds", type=_count, default=1000, metavar="N", help="of the bootstrap over runs; 0: none")
-    command.add_argument("--seed", type=int, default=0, help="of the bootstrap")
-    command.add_argument("--confidence", type=_share, default=0.95, help="of intervals (default: 0.95)")
-    command.add_argument(
-        "--run-spread",
-        type=_positive,
-        metavar="S",
-        help="standard deviation of log value between runs that differ in seed alone, where it is known",
-    )
+    add_bootstrap(command)
+    command.add_argument("--confidence", type=share, default=0.95, help="of intervals (default: 0.95)")
+    add_run_spread(command)
     command.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -45,7 +43,9 @@ def chosen_frontier(arguments: argparse.Namespace) -> Frontier:
     """The points to fit. Raises DataError for points that must not share a fit."""
     points = chosen_points(arguments)
     require_one_kind(points)
-    return find_frontier(points, min_images=0) if arguments.frontier else all_points(points)
+    if arguments.frontier:
+        return find_frontier(points, min_images=MIN_IMAGES if arguments.min_images is None else arguments.min_images)
+    return all_points(since(points, arguments.min_images or 0))
 
 
 def settings_of(arguments: argparse.Namespace) -> Settings:
@@ -53,8 +53,23 @@ def settings_of(arguments: argparse.Namespace) -> Settings:
     return Settings(arguments.rounds, arguments.confidence, arguments.seed, arguments.run_spread)
 
 
+def is_learning_curve(arguments: argparse.Namespace) -> bool:
+    """Whether the points are to be fitted against the images (or steps) seen, where one size is enough."""
+    place: str = arguments.points
+    column: str = arguments.x
+    return column == (arguments.images or "images") or (column == "step" and place.startswith(MLFLOW))
+
+
 def form_and_constant(form: str, constant: str | None) -> tuple[Form, float | None]:
-    """The form and its known constant, from --form and --constant."""
+    """The form and its known constant, from --form and --constant.
+
+    Raises:
+        UserError: a constant that is neither a number nor a word, or that has no meaning for the form.
+    """
+    if form == "broken" and constant is not None:
+        raise UserError(
+            f"--constant {constant} has no meaning for --form broken, which fits its constant: leave it out."
+        )
     chosen: Form = "power_constant" if form == "paper" or constant in ("fit", "profile") else form  # type: ignore[assignment]
     if constant is None or constant in ("fit", "profile"):
         return chosen, None
@@ -67,22 +82,16 @@ def form_and_constant(form: str, constant: str | None) -> tuple[Form, float | No
     return "power", value
 
 
-def _count(text: str) -> int:
-    number = int(text)
-    if number < 0:
-        raise argparse.ArgumentTypeError(f"{text} is negative")
-    return number
+def formula(form: Form, constant: float | None) -> str:
+    """The form as a formula, with its known constant."""
+    return FORMULAS[form] if constant is None or form != "power" else f"{constant:.15g} + {FORMULAS[form]}"
 
 
-def _share(text: str) -> float:
-    number = float(text)
-    if not 0 < number < 1:
-        raise argparse.ArgumentTypeError(f"{text} does not lie between 0 and 1")
-    return number
-
-
-def _positive(text: str) -> float:
-    number = float(text)
-    if not (math.isfinite(number) and number > 0):
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return number
+def weights_text(points: Sequence[Point]) -> str:
+    """How the points are weighted, in a line."""
+    if columns(points).stderr is not None:
+        return "weights: standard errors"
+    num_without = sum(not (p.stderr is not None and math.isfinite(p.stderr) and p.stderr > 0) for p in points)
+    if all(p.stderr is None for p in points):
+        return "weights: equal relative errors"
+    return f"weights: none: {num_without} of {len(points)} points have no positive standard error"

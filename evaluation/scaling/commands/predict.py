@@ -13,6 +13,7 @@ from evaluation.scaling.commands.fit_options import (
     add_fit_options,
     chosen_frontier,
     form_and_constant,
+    is_learning_curve,
     settings_of,
 )
 from evaluation.scaling.commands.plain_table import plain_table
@@ -27,8 +28,9 @@ def add(subparsers: Any) -> None:
     command = subparsers.add_parser("predict", help=text, description=f"{text[0].upper()}{text[1:]}.")
     add_fit_options(command)
     command.add_argument("--form", choices=(*FORMS, "paper"), default="power_constant", help=FORM_HELP)
-    command.add_argument("--at", metavar="COMPUTE,…", help="computes, in the unit of the points")
-    command.add_argument("--factor", metavar="F,…", help="multiples of the largest compute (default: 10,100)")
+    where = command.add_mutually_exclusive_group()
+    where.add_argument("--at", metavar="COMPUTE,…", help="computes, in the unit of the points")
+    where.add_argument("--factor", metavar="F,…", help="multiples of the largest compute (default: 10,100)")
     command.set_defaults(run=run)
 
 
@@ -41,11 +43,12 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.at:
         factors = [compute / largest for compute in _numbers("--at", arguments.at)]
     found = fit_one(
-        frontier, form, select=arguments.frontier, constant=constant, settings=settings_of(arguments), factors=factors
-    )
+        frontier, form, select=arguments.frontier, constant=constant, settings=settings_of(arguments), factors=factors,
+        learning_curve=is_learning_curve(arguments),
+    )  # fmt: skip
     rows = predictions(found, largest, factors)
     if arguments.json:
-        print_json(fit_json(found, frontier) | {"predictions": rows})
+        print_json(fit_json(found, frontier, constant) | {"predictions": rows})
     else:
         print(_as_text(found, frontier, rows))
     return 0
