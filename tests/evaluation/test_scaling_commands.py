@@ -122,6 +122,9 @@ def test_degenerate_points_get_a_status(run: Any, tmp_path: Path, rows: str, sta
         assert found["message"]
         assert status in run("fit", path, "--form", form)
     assert run("predict", path).strip().startswith(f"status: {status}")
+    compared = json.loads(run("compare", path, "--json"))
+    assert (compared["forms"][0]["status"], compared["backtest"]) == (status, [])
+    assert status in run("compare", path)
 
 
 def test_points_that_must_not_be_mixed(run: Any, tmp_path: Path) -> None:
@@ -313,6 +316,17 @@ def test_all_commands_select_the_same_frontier(run: Any, studied: Path) -> None:
     points = study(num_seeds=3)
     assert (everything, late) == (len(points), sum(p.images >= 1000 for p in points))
     assert late < everything
+
+
+def test_points_may_all_be_too_early(run: Any, tmp_path: Path) -> None:
+    path = tmp_path / "p.csv"
+    path.write_text(
+        "\n".join(["compute,value,num_params,images", *(f"{x}e15,{9 - x},{x}000,{x}0" for x in range(1, 9))])
+    )
+    for command in ("fit", "predict", "compare"):
+        assert "too_few_points: 0 points" in run(command, path, "--frontier")
+    with pytest.raises(UserError, match="--min-images 1000 leaves out all points"):
+        run("size", path, "--compute", "1e18", "--min-images", "1000")
 
 
 @pytest.mark.parametrize(

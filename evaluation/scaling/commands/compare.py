@@ -45,7 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
         fit_one(frontier, form, select=select, constant=constant, settings=settings, learning_curve=curve)
         for form in FORMS
     ]
-    if any(f.fit.status == "one_size" for f in found):  # no law, so nothing that it predicts
+    if all(f.fit.curve is None for f in found):  # no law, so nothing that it predicts
         held = [HoldOut(f.fit.form, f.fit.status, f.fit.message, math.nan, 0) for f in found]
         tests: tuple[HoldOut, ...] = ()
     else:

@@ -72,6 +72,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Run the command. Raises DataError or UserError."""
     compute = _budget(arguments)
     points = since(chosen_points(arguments), arguments.min_images)
+    if not points:
+        raise UserError(f"--min-images {arguments.min_images} leaves out all points: take fewer.")
     require_one_kind(points)
     found = answer(
         points, compute, loss=arguments.loss, num_rounds=arguments.rounds, seed=arguments.seed,
