@@ -22,6 +22,7 @@ from trainer.tracking.run_view import MEASURED_TAG
 from trainer.tracking.uri import default_uri, redact, sqlite_file
 
 STEP = "step"
+_ROUNDED_FROM = 1000  # a smaller count that is not whole is given in another unit
 _OUR_VALUE = "value"  # the default name of the value's column: all that our runs have measured
 _UNSTATED = "unstated"
 
@@ -161,10 +162,17 @@ class _RunReader:
         text = data.params.get(name, data.tags.get(name, data.metrics.get(name)))
         if text is None and not required:
             return None
+        text = self._text(name) if text is None else text
         try:
-            return int(float(self._text(name) if text is None else text))
+            number = float(text)
+            if number < 0 or (number < _ROUNDED_FROM and number != int(number)):
+                raise ValueError
+            return round(number)
         except (ValueError, OverflowError):
-            raise DataError(f"run {self.run.info.run_name!r}: {name} = {text!r} is not a whole number.") from None
+            raise DataError(
+                f"run {self.run.info.run_name!r}: {name} = {text!r} is not a whole number from 0; give counts, not "
+                "billions."
+            ) from None
 
 
 def _experiment(client: MlflowClient, name: str) -> Experiment:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -169,6 +170,6 @@ def _certificate(found: OneFit) -> list[str]:
         f"optimum      objective {fit.objective:.6g} (sum), {fit.share_of_starts:.0%} of starts agree, "
         f"condition number {condition}",
     ]
-    if fit.aicc is not None:
+    if fit.aicc is not None and math.isfinite(fit.aicc):
         lines.append(f"AICc         {fit.aicc:.4g}")
     return lines
