@@ -18,15 +18,14 @@ from typing import Any
 import numpy as np
 
 from evaluation.report.palette import MUTED, form_colour
-from evaluation.scaling.fitting.forms import Curve
+from evaluation.scaling.fitting.forms import FORMULAS, Curve
 from evaluation.scaling.law import Law, LawFit, plain_json
 from evaluation.scaling.sizes.size_data import SizeDataFit
 from trainer.tracking.points import LawRun
 
 CURVE_POINTS = 40  # drawn as dots: enough for a smooth bend, few enough to look unlike a trial
 CURVE_BEYOND = 3.0  # the fitted curve goes this factor beyond the largest compute
-FORMULAS = {"power": "a C^-b", "power_constant": "c + a C^-b", "broken": "broken power law",
-            "size_data": "E + A N^-α + B D^-β"}  # fmt: skip
+_FORMULAS = {str(form): text for form, text in FORMULAS.items()} | {"size_data": "E + A N^-α + B D^-β"}
 
 
 def law_runs(laws: Sequence[Law], *, study: str, size_data: Mapping[str, SizeDataFit] | None = None) -> list[LawRun]:
@@ -113,7 +112,7 @@ def _size_data_run(law: Law, fit: SizeDataFit, study: str) -> LawRun:
 
 def _bare_run(law: Law, study: str, *, form: str, status: str, message: str, intervals: str) -> LawRun:
     """What every fit says of itself beside its numbers."""
-    metric, formula = curve_name(law), FORMULAS.get(form, form)
+    metric, formula = curve_name(law), _FORMULAS.get(form, form)
     notes = "\n".join(f"- {note}" for note in law.notes)
     reason = f"\n\n{status}: {message}" if message else ""
     return LawRun(
