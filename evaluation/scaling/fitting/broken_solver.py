@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 from scipy import special
 
+from evaluation.scaling.fitting.solver import BELOW_MIN
+
 Array = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 
-_BELOW_MIN = 1 - 1e-9  # c < min y
 _ITERATIONS = 500
 _SWEEP = 20  # iterations after which the rows that arrived are left alone
 _DAMPING_LIMIT = 1e12  # no step is short enough to help: rounding decides
@@ -62,7 +63,7 @@ def merge(t: Array, y: Array, weights: Array, *, with_constant: bool, bins: int 
     values, place = np.unique(t, return_inverse=True)
     if bins is not None and len(values) > bins:
         place = np.unique((t * bins).astype(np.int64), return_inverse=True)[1]
-    upper = np.where(weights > 0, y, np.inf).min(axis=1) * (_BELOW_MIN if with_constant else 0.0)
+    upper = np.where(weights > 0, y, np.inf).min(axis=1) * (BELOW_MIN if with_constant else 0.0)
     order = np.argsort(place, kind="stable")
     group = place[order]
     first = np.flatnonzero(np.diff(group, prepend=-1))

@@ -32,6 +32,7 @@ from evaluation.scaling.fitting.forms import (
 )
 from evaluation.scaling.fitting.profile import profile_interval
 from evaluation.scaling.fitting.solver import (
+    BELOW_MIN,
     Solutions,
     grid_objective,
     share_of_starts,
@@ -58,7 +59,6 @@ Status = Literal[
 # The constant counts as unknown where its interval covers this share of what is possible.
 UNIDENTIFIED_WIDTH = 0.5
 _BREAK_LEVEL = 0.999  # quantile of F; on unbroken laws its levels were found to hold (broken.py)
-_BELOW_MIN = 1 - 1e-9  # c < min y
 _SMALLEST = 1e-100  # value
 
 
@@ -171,7 +171,7 @@ def _refit(columns: Columns, form: Form, constant: float) -> Refit:
         if form == "power":
             s = solve_power(t, np.log(y - constant), rows)
             return np.log(y - constant) - np.log(s.amplitude[0]) + s.beta[0] * t, _power_jacobian(t)
-        s = solve_power_constant(t, y, rows, np.zeros(1), np.array([y[active].min() * _BELOW_MIN]))
+        s = solve_power_constant(t, y, rows, np.zeros(1), np.array([y[active].min() * BELOW_MIN]))
         e = s.amplitude[0] * np.exp(-s.beta[0] * t)
         return y - s.constant[0] - e, _constant_jacobian(t, e, float(y.mean()))
 
@@ -211,7 +211,7 @@ def _fit_power(columns: Columns, constant: float) -> Fit:
 def _fit_power_constant(columns: Columns, confidence: float) -> Fit:
     x, y = columns.compute, columns.value
     scale, weights = scale_of(x), base_weights(y, columns.stderr, "power_constant")
-    t, upper = scale.t(x), np.array([y.min() * _BELOW_MIN])
+    t, upper = scale.t(x), np.array([y.min() * BELOW_MIN])
     solutions = solve_power_constant(t, y, weights[None], np.zeros(1), upper)
     starts = grid_objective(t, y, weights[None], np.zeros(1), upper)[0]
     curve = _curve(solutions, scale, x)

@@ -21,6 +21,8 @@ from numpy.typing import NDArray
 
 Array = NDArray[np.float64]
 
+BELOW_MIN = 1 - 1e-9  # of the lowest value: the constant stays below it
+
 # Starting exponents over the whole range of compute: from nearly straight in log C to gone after 2 % of the range.
 STARTS: Array = np.geomspace(0.02, 60.0, 240)
 _MAX_ITERATIONS = 60  # of the root finder; it needs 6 to 12

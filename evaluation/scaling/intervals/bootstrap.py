@@ -18,12 +18,11 @@ from evaluation.scaling.intervals.redraw import redraw
 from evaluation.scaling.intervals.rounds import Draws, Question, solve_rounds
 from evaluation.scaling.intervals.spread import MIN_DOF, Smoother, Spread, spread_about_law, spread_of_curves
 from evaluation.scaling.intervals.summary import ends
-from evaluation.scaling.intervals.uncertainty import Method, Uncertainty, UncertaintyStatus
+from evaluation.scaling.intervals.uncertainty import MIN_VALID_SHARE, Method, Uncertainty, UncertaintyStatus
 from evaluation.scaling.points import Array, Columns, columns
 from evaluation.scaling.seeds import averaging
 
 MIN_RESAMPLED_RUNS = 30  # with fewer, percentiles over resampled runs are too narrow
-MIN_VALID_SHARE = 0.8
 
 _UNKNOWN = (
     "how much runs differ that are alike but for their seed cannot be told from these: the intervals only hint at the "

@@ -9,10 +9,8 @@ from numpy.typing import NDArray
 
 from evaluation.scaling.fitting.broken import solve_broken, solve_broken_rounds
 from evaluation.scaling.fitting.forms import MIN_LOG_SPAN, MIN_POINTS, Form, Scale, base_weights, scale_of
-from evaluation.scaling.fitting.solver import solve_power, solve_power_constant
+from evaluation.scaling.fitting.solver import BELOW_MIN, solve_power, solve_power_constant
 from evaluation.scaling.points import Array
-
-_BELOW_MIN = 1 - 1e-9  # c < min y
 
 
 @dataclass(frozen=True)
@@ -63,7 +61,7 @@ def solve_rounds(draws: Draws, question: Question) -> Rounds:
         solutions = solve_power(t, np.log(np.where(np.isfinite(above), above, 1.0)), weights)
     else:
         lowest = np.where(counts > 0, value, np.inf).min(axis=1, initial=np.inf)
-        solutions = solve_power_constant(t, value, weights, np.zeros(len(counts)), lowest * _BELOW_MIN)
+        solutions = solve_power_constant(t, value, weights, np.zeros(len(counts)), lowest * BELOW_MIN)
     kept = np.isfinite(solutions.objective) & (solutions.beta > 0) & (solutions.amplitude > 0)
     beta, amplitude = solutions.beta[kept], solutions.amplitude[kept]
     constant = solutions.constant[kept] + question.constant

@@ -8,6 +8,8 @@ from typing import Literal
 from evaluation.scaling.intervals.spread import Spread
 from evaluation.scaling.points import Interval
 
+MIN_VALID_SHARE = 0.8  # of the rounds: with fewer that could be fitted, the intervals are unstable
+
 Method = Literal["redraw", "resample", "none"]  # see bootstrap.py
 
 UncertaintyStatus = Literal[

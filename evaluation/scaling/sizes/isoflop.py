@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy import special
 
-from evaluation.scaling.points import Array, Point
+from evaluation.scaling.intervals.uncertainty import MIN_VALID_SHARE
+from evaluation.scaling.points import Array, Interval, Point
 from evaluation.scaling.sizes.isoflop_parabola import (
     Parabolas,
     base_weights,
@@ -40,9 +41,6 @@ SliceStatus = Literal[
 ]
 Status = Literal["ok", "invalid", "no_slices", "too_few_minima"]
 MIN_MINIMA = 3  # of a power law through them
-MIN_VALID_SHARE = 0.8
-
-Interval = tuple[float, float]
 
 
 @dataclass(frozen=True)

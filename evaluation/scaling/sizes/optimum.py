@@ -19,11 +19,10 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from data_pipeline.errors import DataError, UserError
-from evaluation.scaling.points import Array, Point
+from evaluation.scaling.points import Array, Interval, Point
 from evaluation.scaling.sizes.distinct import distinct
 from evaluation.scaling.sizes.size_data import SizeDataFit
 
-Interval = tuple[float, float]
 POOR_COST = 0.1  # a worst error of the cost law beyond this is said aloud
 
 

@@ -16,14 +16,13 @@ from numpy.typing import NDArray
 
 from evaluation.scaling.intervals.redraw import redraw
 from evaluation.scaling.intervals.spread import MIN_DOF, Spread
-from evaluation.scaling.intervals.uncertainty import Method, UncertaintyStatus
+from evaluation.scaling.intervals.uncertainty import MIN_VALID_SHARE, Method, UncertaintyStatus
 from evaluation.scaling.points import Array, Columns, Interval
 from evaluation.scaling.sizes import size_data_solver as solver
 from evaluation.scaling.sizes.distinct import distinct
 from evaluation.scaling.sizes.size_data_curve import Scales
 
 MIN_RESAMPLED_RUNS = 50  # five parameters: percentiles over fewer resampled runs cover too seldom (89 % at 36 runs)
-MIN_VALID_SHARE = 0.8
 MIN_DIFFERENT = 3  # sizes, and amounts of data, in a round
 NAMES = ("E", "A", "alpha", "B", "beta", "size_exponent", "data_exponent")
 _BLOCK = 1 << 21  # residuals of all rounds handled at once: bounds memory
