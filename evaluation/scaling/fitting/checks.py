@@ -65,15 +65,16 @@ def rise(log_compute: Array, log_value: Array, weights: Array) -> float | None:
     if len(y) < 6:
         return None
     left = y - _non_increasing(y, w_at)
-    if float(left @ left) / len(y) <= _RISE * _neighbour_scatter(x[starts], y) + _ROUNDING:
+    if float(w_at @ left**2) / len(y) <= _RISE * _neighbour_scatter(x[starts], y, w_at) + _ROUNDING * w_at.mean():
         return None
     return float(np.ptp(left))
 
 
-def _neighbour_scatter(x: Array, y: Array) -> float:
-    """Variance of y about smooth values, from how far points lie off the line between their neighbours."""
+def _neighbour_scatter(x: Array, y: Array, weights: Array) -> float:
+    """Variance of y about smooth values at weight 1, from how far points lie off the line between their neighbours."""
     share = (x[2:] - x[1:-1]) / (x[2:] - x[:-2])  # of the left neighbour
-    off = (y[1:-1] - share * y[:-2] - (1 - share) * y[2:]) / np.sqrt(1 + share**2 + (1 - share) ** 2)
+    off = y[1:-1] - share * y[:-2] - (1 - share) * y[2:]
+    off /= np.sqrt(1 / weights[1:-1] + share**2 / weights[:-2] + (1 - share) ** 2 / weights[2:])
     return float((np.median(np.abs(off)) / special.ndtri(0.75)) ** 2)
 
 

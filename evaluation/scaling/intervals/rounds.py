@@ -52,7 +52,9 @@ def solve_rounds(draws: Draws, question: Question) -> Rounds:
     value = draws.value if draws.value.ndim == 1 else draws.value[valid]
     scale = scale_of(draws.compute)
     t, at = scale.t(draws.compute), np.concatenate([question.band_compute, targets(question)])
-    weights = counts * base_weights(value, draws.stderr, question.form, question.constant)
+    # Standard errors belong to what was measured, not to what is drawn: a lucky draw is not a more precise one.
+    weighed = value if draws.stderr is None else draws.centre[0]
+    weights = counts * base_weights(weighed, draws.stderr, question.form, question.constant)
     if question.form == "broken":
         return _broken_rounds(draws, value, weights, question, at)
     if question.form == "power":
