@@ -76,7 +76,7 @@ def design_of(points: Sequence[Point]) -> Design:
 def simulate(design: Design, num_seeds: int, rng: np.random.Generator) -> list[Point]:
     """A study: every size trained with `num_seeds` seeds."""
     found = []
-    for curve in {p.run for p in design.points}:
+    for curve in dict.fromkeys(p.run for p in design.points):  # not a set, whose order no seed decides
         own = [p for p in design.points if p.run == curve]
         for seed in range(num_seeds):
             level = rng.normal(0, design.between)
