@@ -250,3 +250,19 @@ def test_frontiers_that_luck_decides_are_uncalibrated() -> None:
     assert found.uncertainty is not None
     assert found.uncertainty.status == "uncalibrated"
     assert "luck" in found.uncertainty.message
+
+
+def test_candidates_out_of_reach_are_left_out_of_large_frontiers(monkeypatch: pytest.MonkeyPatch) -> None:
+    near = seeds(3, between=0.002, within=0.002)
+    far = [dataclasses.replace(p, value=1.5 * p.value, run=f"far {p.run}", num_params=p.num_params + 100) for p in near]
+    whole = one([*near, *far], "power", select=True, num_rounds=200).uncertainty
+    monkeypatch.setattr("evaluation.scaling.intervals.bootstrap.MANY_CANDIDATES", 10)
+    short = one([*near, *far], "power", select=True, num_rounds=200).uncertainty
+    alone = one(near, "power", select=True, num_rounds=200).uncertainty
+    assert whole is not None
+    assert short is not None
+    assert alone is not None
+    assert short.num_runs == whole.num_runs == 10
+    assert np.ptp(short.intervals["exponent"]) == pytest.approx(np.ptp(whole.intervals["exponent"]), rel=0.3)
+    # Nothing is left of the far ones but their part in the spread.
+    assert np.ptp(short.intervals["exponent"]) == pytest.approx(np.ptp(alone.intervals["exponent"]), rel=0.3)
