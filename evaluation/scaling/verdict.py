@@ -62,21 +62,18 @@ def _constant_notes(law: Law) -> list[str]:
     fit = law.of("power_constant").fit
     if fit.curve is None or fit.constant_interval is None:
         return [f"With a constant: not fitted ({fit.status}): {fit.message}"]
-    low, high = fit.constant_interval
     if fit.status == "unidentified":
         return [f"The irreducible constant is unidentified: {fit.message}"]
     if fit.status != "ok":
         return [f"With a constant: {fit.status}: {fit.message}"]
-    if low == 0:
-        return [f"No constant is needed: any c from 0 to {high:.4g} fits about as well as the pure power law."]
     found = law.of("power_constant").uncertainty
-    kind = "profile interval, points taken as independent"
+    (low, high), kind = fit.constant_interval, "95 % profile interval, points taken as independent"
     if found is not None and "constant" in found.intervals:
-        (low, high), kind = (
-            found.intervals["constant"],
-            "interval over runs" + ("" if found.status == "ok" else f", {found.status}"),
-        )
-    notes = [f"The frontier bends: c = {fit.curve.constant:.4g} (95 % {kind}: {low:.4g} to {high:.4g})."]
+        low, high = found.intervals["constant"]
+        kind = f"{found.confidence:.0%} interval over runs" + ("" if found.status == "ok" else f", {found.status}")
+    if low == 0:
+        return [f"No constant is needed: any c from 0 to {high:.4g} fits about as well as the pure power law ({kind})."]
+    notes = [f"The frontier bends: c = {fit.curve.constant:.4g} ({kind}: {low:.4g} to {high:.4g})."]
     errors = [law.of(form).hold_out.mean_relative_error for form in ("power", "power_constant")]
     if errors[0] is not None and errors[1] is not None:
         better = "with" if errors[1] < errors[0] else "without"
