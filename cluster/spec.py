@@ -12,37 +12,9 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from cluster.ladder import Ladder
 from data_pipeline.errors import ConfigError
 from trainer.config import Place, SamplingConfig, Section, merge, parse_overrides, read_tree, validate
-
-
-class PowerRule(Section):
-    """A setting that follows the ladder: value * (rung / at) ** power, such as lr = 1e-4 * (C / 128) ** -0.5."""
-
-    value: float
-    at: float = Field(gt=0)
-    power: float
-
-
-class Ladder(Section):
-    """One trial a value and seed."""
-
-    key: str = Field(min_length=1, description="config key that changes, such as model.channels")
-    values: tuple[int | float, ...] = Field(min_length=1)
-    label: str = "{key}={value}"  # how a size is called in tables and charts
-    rules: dict[str, PowerRule] = Field(default={})  # config key -> how it follows the ladder
-
-    @model_validator(mode="after")
-    def _usable(self) -> Ladder:
-        if len(set(self.values)) != len(self.values):
-            raise ValueError(f"ladder.values={list(self.values)} names a value twice; each rung is one size")
-        if self.rules and any(value <= 0 for value in self.values):
-            raise ValueError(f"ladder.values={list(self.values)}: rules are powers of the rung, which must be positive")
-        try:
-            self.label.format(key="", value=0)
-        except (KeyError, IndexError, ValueError):
-            raise ValueError(f"ladder.label={self.label!r}: only {{key}} and {{value}} can stand in it") from None
-        return self
 
 
 class ExtraTrial(Section):
@@ -100,20 +72,32 @@ class EvaluationConfig(Section):
     num_points: int = Field(default=8, ge=1, le=1000)  # log-spaced from min_images to the budget
     min_images: int = Field(default=512, ge=1)
     images: tuple[int, ...] | None = None  # or these very points, and the budget
+    flops: tuple[float, ...] | None = None  # or where all sizes have had so much compute, and the budget
     nll: NllConfig | None = NllConfig()
     distance: DistanceConfig | None = None
     seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _points_are_positive(self) -> EvaluationConfig:
+        for name, points in (("images", self.images), ("flops", self.flops)):
+            for point in points or ():
+                if not point > 0:
+                    raise ValueError(f"evaluation.{name}={list(points or ())}: {point:g} is before the first step")
+        return self
 
 
 class ResourcesConfig(Section):
     """What one trial and one evaluation take."""
 
-    num_processes: int = Field(default=1, ge=1)
-    cpus: float = Field(default=1, gt=0)
-    gpus: int = Field(default=0, ge=0)
+    num_processes: int = Field(default=1, ge=1)  # of a trial
+    num_nodes: int = Field(default=1, ge=1)  # that share them evenly
+    cpus: float = Field(default=1, gt=0)  # of a trial, on all of its nodes together
+    gpus: int = Field(default=0, ge=0)  # likewise: one a process, or none
+    min_processes: int | None = Field(default=None, ge=1)  # may go on with so few where devices were lost; default: all
     eval_cpus: float = Field(default=1, gt=0)
     eval_gpus: int = Field(default=0, ge=0)
     eval_shards: int = Field(default=1, ge=1)  # processes that share one evaluation, each with eval_cpus and eval_gpus
+    eval_share: float = Field(default=0.25, ge=0, le=1)  # of the devices, for evaluations while trials wait; one always
 
     @model_validator(mode="after")
     def _one_device_a_process(self) -> ResourcesConfig:
@@ -124,6 +108,17 @@ class ResourcesConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _processes_are_shared_evenly(self) -> ResourcesConfig:
+        divisors = [n for n in range(1, self.num_processes + 1) if self.num_processes % n == 0]
+        for name, value in (("num_nodes", self.num_nodes), ("min_processes", self.min_processes)):
+            if value is not None and value not in divisors:
+                raise ValueError(
+                    f"resources.{name}={value} does not divide resources.num_processes={self.num_processes}; "
+                    f"use one of {divisors}"
+                )
+        return self
+
 
 class DeviceConfig(Section):
     """What `plan` reckons time with."""
@@ -131,14 +126,44 @@ class DeviceConfig(Section):
     name: str = "CPU core"
     peak_flops: float = Field(default=1e11, gt=0)  # FLOP/s of one device
     utilization: float = Field(default=0.3, gt=0, le=1)
-    count: int | None = Field(default=None, ge=1)  # devices of the cluster; default: one trial's
+    memory_gb: float | None = Field(default=None, gt=0)  # of one device, in 1e9 bytes; default: not checked
+    count: int | None = Field(default=None, ge=1)  # devices of the cluster, where there is no `cluster:` section
+
+
+class ClusterConfig(Section):
+    """The cluster: what `plan` simulates on, and what `run` expects."""
+
+    nodes: int = Field(ge=1)  # alike; with autoscale the most there can be
+    cpus: float = Field(gt=0)  # of one node
+    gpus: float = Field(default=0, ge=0)  # of one node
+    autoscale: bool = False  # nodes come when they are asked for: wait for them where they are not there yet
+    allow_skew: bool = False  # let driver and workers have different versions of the code or its libraries
+
+
+class EarlyStop(Section):
+    """When a trial has diverged: its median loss over a window is so many times the lowest such median before."""
+
+    loss_factor: float = Field(default=4.0, gt=1)
+    window: int = Field(default=5, ge=1)  # training records, one every train.log_every_images
 
 
 class RetryConfig(Section):
     """What happens when a job fails through no fault of its own."""
 
-    attempts: int = Field(default=3, ge=1)  # in all
-    first_pause: float = Field(default=5.0, ge=0)  # seconds; doubled each time
+    attempts: int = Field(default=5, ge=1)  # in all, without progress in between
+    losses: int = Field(default=20, ge=0)  # of workers or nodes, a job
+    first_pause: float = Field(default=5.0, ge=0)  # seconds; doubled each time, ...
+    longest_pause: float = Field(default=300.0, ge=0)  # ... up to this
+    disk_wait: float = Field(default=86400.0, ge=0)  # seconds in all that a job waits for space on a full disk
+
+    @model_validator(mode="after")
+    def _pauses_grow(self) -> RetryConfig:
+        if self.longest_pause < self.first_pause:
+            raise ValueError(
+                f"retry.longest_pause={self.longest_pause:g} is shorter than retry.first_pause={self.first_pause:g}; "
+                "raise the one or lower the other"
+            )
+        return self
 
 
 class StudyTracking(Section):
@@ -159,8 +184,12 @@ class StudyConfig(Section):
     budget: Budget
     evaluation: EvaluationConfig
     resources: ResourcesConfig = ResourcesConfig()
+    priorities: dict[str, int] = Field(default={})  # pattern of trial names -> higher first; the last that matches
     device: DeviceConfig = DeviceConfig()
+    cluster: ClusterConfig | None = None
+    early_stop: EarlyStop | None = EarlyStop()
     retry: RetryConfig = RetryConfig()
+    mirror: Place | None = None  # folder or URL, such as s3://BUCKET/PATH, that the study's files are copied to
     tracking: StudyTracking = StudyTracking()
 
     @model_validator(mode="after")

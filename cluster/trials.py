@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+import fnmatch
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,6 @@ from trainer.config import RunConfig, merge, read_tree, validate
 from trainer.models import ModelCost, count
 
 _BYTES = 4  # everything is stored in float32
-# From small to large: light to dark, as in the figures; readable on white and by the colour-blind.
-_COLOURS = ("#86d549", "#35b779", "#20938c", "#2e6e8e", "#404588", "#471365")
 EXTRA_COLOUR = "#8c8c8c"
 
 
@@ -34,6 +33,8 @@ class Trial:
     cost: ModelCost
     total_images: int
     export_images: tuple[int, ...]  # ascending; the last is total_images
+    colour: str  # of its curve
+    priority: int = 0  # higher first
 
     @property
     def compute(self) -> float:
@@ -52,13 +53,14 @@ def make_trials(study: StudyConfig) -> list[Trial]:
 
     Raises ConfigError naming the trial and what is wrong with its config.
     """
-    trials = [_ladder_trial(study, value, seed) for value in study.ladder.values for seed in study.seeds]
-    trials += [_extra_trial(study, extra, seed) for extra in study.extra for seed in study.seeds]
+    trials = [trial for number in range(len(study.ladder.values)) for trial in _ladder_trials(study, number)]
+    trials += [trial for extra in study.extra for trial in _extra_trials(study, extra)]
     names = [trial.name for trial in trials]
-    for name in names:
-        if names.count(name) > 1:
+    for name, times in Counter(names).items():
+        if times > 1:
             raise ConfigError(f"two trials are called {name!r}; give the extra trial another name.")
-    return trials
+    ranks = _priorities(study, names)
+    return [replace(trial, priority=ranks[trial.name]) for trial in trials]
 
 
 def trial_config(trial: Trial, folder: Path) -> RunConfig:
@@ -73,37 +75,33 @@ def log_spaced(first: int, last: int, num: int, *, multiple: int) -> tuple[int, 
     return tuple(sorted(rounded | {last}))
 
 
-def _ladder_trial(study: StudyConfig, value: int | float, seed: int) -> Trial:
+def _ladder_trials(study: StudyConfig, number: int) -> list[Trial]:
     ladder = study.ladder
-    short = ladder.key.rpartition(".")[2]
-    settings = {ladder.key: value}
-    settings |= {key: rule.value * (value / rule.at) ** rule.power for key, rule in ladder.rules.items()}
-    position = sorted(ladder.values).index(value) / max(1, len(ladder.values) - 1)
-    return _make(
-        study, study.run, study.settings | settings, study.budget, seed,
-        name=_slug(f"{short}{value}-seed{seed}"), label=ladder.label.format(key=short, value=value), fitted=True,
-        evaluated=True, colour=_COLOURS[round(position * (len(_COLOURS) - 1))],
+    return _with_seeds(
+        study, study.run, study.settings | ladder.settings(number), study.budget, name=ladder.rung_name(number),
+        label=ladder.size_label(number), fitted=True, evaluated=True, colour=ladder.colour(number),
     )  # fmt: skip
 
 
-def _extra_trial(study: StudyConfig, extra: ExtraTrial, seed: int) -> Trial:
+def _extra_trials(study: StudyConfig, extra: ExtraTrial) -> list[Trial]:
     budget = Budget(images=extra.budget_images) if extra.budget_images else study.budget
-    return _make(
-        study, extra.run, extra.settings, budget, seed,
-        name=f"{extra.name}-seed{seed}", label=extra.name, fitted=False, evaluated=extra.evaluate, colour=EXTRA_COLOUR,
+    return _with_seeds(
+        study, extra.run, extra.settings, budget, name=extra.name, label=extra.name, fitted=False,
+        evaluated=extra.evaluate, colour=EXTRA_COLOUR,
     )  # fmt: skip
 
 
-def _make(
-    study: StudyConfig, file: Path, settings: dict[str, Any], budget: Budget, seed: int, *,
+def _with_seeds(
+    study: StudyConfig, file: Path, settings: dict[str, Any], budget: Budget, *,
     name: str, label: str, fitted: bool, evaluated: bool, colour: str,
-) -> Trial:  # fmt: skip
+) -> list[Trial]:  # fmt: skip
+    """One size with every seed: the network is counted once."""
     source = f"study {study.name!r}, trial {name}"
     threads = None if study.resources.gpus else max(1, int(study.resources.cpus) // study.resources.num_processes)
     tags = {"study": study.name, "size": label, "fitted": "yes" if fitted else "no", "mlflow.runColor": colour}
     forced = {
-        "name": label if len(study.seeds) == 1 else f"{label} seed {seed}",
-        "seed": seed,
+        "name": label,
+        "seed": study.seeds[0],
         "engine": {"num_cpu_threads": threads},
         "tracking": {"mlflow": False, "tags": tags},  # the study's own child sends all trials
     }
@@ -118,17 +116,42 @@ def _make(
     cost = count(draft.model, draft.diffusion)
     batch = draft.train.global_batch
     total = _step_end(budget.images or (budget.flops or 0.0) / cost.train_flops, batch)
-    points = _points(study, total, batch)
-    tree["train"] = merge(tree["train"], {"budget_images": total, "export_images": list(points)})
-    config = validate(RunConfig, tree, source=source)
-    return Trial(name, label, seed, fitted, evaluated, config, cost, total, points)
+    points = _points(study, cost.train_flops, total, batch, source=source if fitted else None)
+    tree["train"] |= {"budget_images": total, "export_images": list(points), "micro_batch": _micro_batch(study, draft)}
+    trials = []
+    for seed in study.seeds:
+        of_seed = {"name": label if len(study.seeds) == 1 else f"{label} seed {seed}", "seed": seed}
+        config = validate(RunConfig, tree | of_seed, source=f"{source}-seed{seed}")
+        facts = (fitted, evaluated, config, cost, total, points, colour)
+        trials.append(Trial(f"{name}-seed{seed}", label, seed, *facts))
+    return trials
 
 
-def _points(study: StudyConfig, total: int, batch: int) -> tuple[int, ...]:
+def _micro_batch(study: StudyConfig, config: RunConfig) -> int | None:
+    """Where fewer processes may go on, none of them takes more images at once, and so more memory, than all do."""
+    share = config.train.global_batch // study.resources.num_processes
+    return config.train.micro_batch if study.resources.min_processes is None else min(
+        config.train.micro_batch or share, share)  # fmt: skip
+
+
+def _points(
+    study: StudyConfig, flops_an_image: float, total: int, batch: int, *, source: str | None
+) -> tuple[int, ...]:
+    """Images seen at which a trial is evaluated. `source` names one that must reach every point of equal compute."""
     wanted = study.evaluation
-    if wanted.images is None:
+    if wanted.images is None and wanted.flops is None:
         return log_spaced(wanted.min_images, total, wanted.num_points, multiple=batch)
-    return tuple(sorted({_step_end(n, batch) for n in wanted.images if n < total} | {total}))
+    points = {_step_end(images, batch) for images in wanted.images or () if images < total}
+    for flops in wanted.flops or ():
+        point = _step_end(flops / flops_an_image, batch)
+        if point > total and source is not None:
+            raise ConfigError(
+                f"{source}: evaluation.flops={flops:g} lies beyond its budget, which it reaches after {total:,} images "
+                f"and {total * flops_an_image:.4g} FLOPs; raise the budget (budget.flops is the same for all sizes) or "
+                "leave that point out."
+            )
+        points |= {point} if point <= total else set()
+    return tuple(sorted(points | {total}))
 
 
 def _step_end(images: float, batch: int) -> int:
@@ -136,8 +159,16 @@ def _step_end(images: float, batch: int) -> int:
     return max(1, -(-int(images) // batch)) * batch
 
 
-def _slug(text: str) -> str:
-    return re.sub(r"[^\w.-]+", "_", text)
+def _priorities(study: StudyConfig, names: Sequence[str]) -> dict[str, int]:
+    """Each trial's priority. Raises ConfigError for a pattern that is nobody's name."""
+    for pattern in study.priorities:
+        if not fnmatch.filter(names, pattern):
+            shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+            raise ConfigError(f"priorities.{pattern}: no trial is called so; the study's trials are {shown}.")
+    return {
+        name: next((p for glob, p in reversed(study.priorities.items()) if fnmatch.fnmatchcase(name, glob)), 0)
+        for name in names
+    }
 
 
 def data_folders(study: StudyConfig, trials: list[Trial]) -> Iterator[str]:
