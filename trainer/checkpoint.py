@@ -12,7 +12,6 @@ import contextlib
 import json
 import os
 import shutil
-import traceback
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
@@ -23,9 +22,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from data_pipeline.errors import AgreedError, UserError, disk_message
+from data_pipeline.errors import AgreedError, UserError
 from data_pipeline.files import file_entry, fsync_file, sha256_file, write_atomic, write_json
 from trainer.engine import Engine, Fragment
+from trainer.exits import failure
 from trainer.tensor_files import write_mapping
 
 MANIFEST = "manifest.json"
@@ -121,19 +121,18 @@ def write_checkpoint(folder: Path, snapshot: Snapshot, peers: Peers) -> Path:
 def together(peers: Peers, action: Callable[[], T] | None, what: str = "checkpoint") -> list[T]:
     """Do a step that may fail for want of disk, on those processes that have one; their results, in order of rank.
 
-    Raises AgreedError on all processes where it failed on any.
+    Raises AgreedError on all processes where it failed on any, with the exit code of what it was there.
     """
-    result, message = None, None
+    result, failed = None, None
     try:
         result = action() if action else None
     except Exception as error:  # whatever it is, the others must not wait for ever
-        if not isinstance(error, OSError | UserError):
-            traceback.print_exc()
-        message = disk_message(error) or f"{type(error).__name__}: {error}"
-    outcomes = peers.gather_objects((result, message))
-    messages = [message for _, message in outcomes if message]
-    if messages:
-        raise AgreedError(f"the {what} could not be written, earlier ones are intact: {messages[0]}")
+        failed = failure(error)
+    outcomes = peers.gather_objects((result, failed))
+    failures = [failed for _, failed in outcomes if failed]
+    if failures:
+        message, code = failures[0]
+        raise AgreedError(f"the {what} could not be written, earlier ones are intact: {message}", code)
     return [result for result, _ in outcomes if result is not None]
 
 

@@ -35,6 +35,7 @@ from trainer.diffusion.objectives import Losses, training_losses
 from trainer.diffusion.timesteps import make_timestep_sampler
 from trainer.ema import ShardedEma
 from trainer.engine import Engine, split_batch
+from trainer.exits import DivergedError, Exit
 from trainer.inputs import InputSource, downsample, open_dataset
 from trainer.journal import Journal
 from trainer.layout import changes, layout_of
@@ -52,8 +53,6 @@ from trainer.step_inputs import StepInputs
 from trainer.tracking.follow import SyncProcess
 from trainer.tracking.records import TrainRecord
 from trainer.watchdog import Watchdog
-
-FINISHED, STOPPED = 0, 3  # exit codes
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def train(config: RunConfig, processes: Processes, stop: StopRequest, watchdog: 
         if result is not None and result["nimg"] >= plan.total:
             if processes.is_main:
                 print(f"{folder.path}: finished already, {result['nimg']:,} images seen; nothing to do.")
-            return FINISHED
+            return Exit.FINISHED
         folder.forget_result(processes.is_main)
         if processes.is_main and config.tracking.mlflow:
             sync = SyncProcess(folder.path, uri=config.tracking.uri, experiment=config.tracking.experiment)
@@ -208,7 +207,7 @@ class Run:
         watchdog.at(self.nimg, "save")
         stop.saving = True
         self.finish(stop)
-        return FINISHED
+        return Exit.FINISHED
 
     def step(self, inputs: StepInputs) -> None:
         """One update from this process's share of a global batch, which begins at image nimg."""
@@ -280,7 +279,7 @@ class Run:
         )  # fmt: skip
 
     def log(self, record: TrainRecord | None) -> None:
-        """Write down an interval. Raises AgreedError where too many steps in a row were skipped."""
+        """Write down an interval. Raises DivergedError where too many steps in a row were skipped."""
         if record is None:
             return
         self.journal.write(record)
@@ -288,7 +287,7 @@ class Run:
         if skipped >= self.config.train.max_skipped_steps:
             weights = [(f.name, f.weight) for f in self.engine.owned]
             why = diagnose(self.engine.network, self._repeat_last_step, weights, self.processes)
-            raise AgreedError(
+            raise DivergedError(
                 f"{skipped:.0f} steps in a row, up to {record.nimg:,} images, gave no finite loss or gradient and "
                 f"were skipped (train.max_skipped_steps={self.config.train.max_skipped_steps}): {why}. The checkpoints "
                 "hold what was good. Start again in a new run.folder with a lower train.lr, a longer "
@@ -337,7 +336,7 @@ class Run:
         if self.processes.is_main:
             why = stop.reason or "another process was asked to stop"
             say(f"stopped ({why}) at {self.nimg:,} images, saved. The same command continues.")
-        return STOPPED
+        return Exit.STOPPED
 
     def finish(self, stop: StopRequest) -> None:
         """Wait for the last checkpoint and export, and write the result file: the run is complete."""

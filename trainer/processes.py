@@ -7,7 +7,6 @@ import signal
 import sys
 import threading
 import time
-import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,9 +17,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from data_pipeline.errors import INTERRUPTED_EXIT, AgreedError, UserError, disk_message
+from data_pipeline.errors import AgreedError
+from trainer.exits import BusyError, Exit, failure
 from trainer.ports import free_port
-from trainer.watchdog import LOST_EXIT
 
 GRACE_SECONDS = 25.0  # from a stop request to the end of a process that neither comes to the end of a step nor saves
 NOW_SECONDS = 5.0  # from the Ctrl-C that means now to the end
@@ -66,20 +65,19 @@ class Processes:
         return values
 
     def from_main(self, make: Callable[[], T]) -> T:
-        """The main process computes a value, all get it; what goes wrong there is raised everywhere."""
+        """The main process computes a value, all get it.
+
+        What goes wrong there is raised everywhere, as an AgreedError with the exit code of what it was.
+        """
         box: list[Any] = [None, None]
         if self.is_main:
             try:
                 box[0] = make()
-            except UserError as error:
-                box[1] = str(error)
             except Exception as error:  # whatever it is, the others must not wait for ever
-                if disk_message(error) is None:
-                    traceback.print_exc()
-                box[1] = disk_message(error) or f"{type(error).__name__}: {error}"
+                box[1] = failure(error)
         dist.broadcast_object_list(box)
         if box[1] is not None:
-            raise AgreedError(box[1])
+            raise AgreedError(*box[1])
         value: T = box[0]
         return value
 
@@ -88,7 +86,7 @@ def start_processes(*, num_cpu_threads: int | None, hang_seconds: float = 1800.0
     """Join the other processes, as told by torch's environment variables; without them, be the only one.
 
     Collective operations may wait for longer than `hang_seconds` (0: for a day), so that it is the watchdog that ends
-    and names a hang. Raises UserError when the meeting port is taken.
+    and names a hang. Raises BusyError when the meeting port is taken.
     """
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -122,7 +120,7 @@ def _init_process_group(device: torch.device) -> None:
         )
     except (RuntimeError, dist.DistNetworkError) as error:
         if "EADDRINUSE" in str(error) or "address already in use" in str(error).lower():
-            raise UserError(
+            raise BusyError(
                 f"port {os.environ.get('MASTER_PORT')} is in use on {os.environ.get('MASTER_ADDR')}; "
                 "give this job another: deepspeed --master_port PORT (or MASTER_PORT=PORT for torchrun and others)."
             ) from None
@@ -210,7 +208,7 @@ class StopRequest:
         while True:
             for number in os.read(pipe, 64):
                 if number == signal.SIGINT and self.requested:
-                    _end_soon(INTERRUPTED_EXIT)
+                    _end_soon(Exit.INTERRUPTED)
                 elif number in _SIGNALS:
                     self._request(f"received {signal.Signals(number).name}")
 
@@ -234,7 +232,7 @@ class StopRequest:
             time.sleep(step)
             left = GRACE_SECONDS if self.saving or self.busy() else left - step
         print(f"{self.reason}, but no step ended within {GRACE_SECONDS:.0f} s: not saved", file=sys.stderr, flush=True)
-        os._exit(LOST_EXIT)
+        os._exit(Exit.LOST)
 
 
 def _end_soon(code: int) -> None:

@@ -3,7 +3,8 @@
     deepspeed trainer/run.py --config configs/runs/cifar10/hybrid.yaml [section.key=value ...]
 
 Exit codes: 0 the budget is reached; 2 a mistake that the message explains; 3 stopped on request after saving, and 4
-a process of the job died or hung (after both the same command continues). Any other code is a crash.
+a process of the job died or hung (after both the same command continues); 5 the run diverged; 6 out of memory; 7 the
+run's folder or the port is in use; 8 the disk is full (after both the same command continues, later). 1 is a crash.
 """
 
 import sys
@@ -17,12 +18,11 @@ import os
 import traceback
 from typing import NoReturn
 
-from data_pipeline.errors import INTERRUPTED_EXIT, USER_ERROR_EXIT, AgreedError, ConfigError, UserError, disk_message
+from data_pipeline.errors import AgreedError, ConfigError
 from trainer.config import RunConfig, load_config
+from trainer.exits import Exit, explained, first_line
 from trainer.run_folder import naming_a_full_disk
-from trainer.watchdog import LOST_EXIT, Watchdog, lost_a_peer
-
-CRASHED = 1
+from trainer.watchdog import Watchdog, lost_a_peer
 
 
 def parse_arguments(arguments: list[str] | None = None) -> tuple[RunConfig, bool]:
@@ -50,12 +50,14 @@ def main(config: RunConfig, auto_micro_batch: bool = False) -> int:
     processes = start_processes(num_cpu_threads=config.engine.num_cpu_threads, hang_seconds=hang_seconds)
     with Watchdog.start(processes, hang_seconds=hang_seconds) as watchdog, naming_a_full_disk(config.run.folder):
         from trainer.loop import train
+        from trainer.out_of_memory import naming_the_memorys_remedies
 
         if auto_micro_batch:
             from trainer.micro_batch import with_fitting_micro_batch
 
             config = with_fitting_micro_batch(config, processes)
-        return train(config, processes, stop, watchdog)
+        with naming_the_memorys_remedies(config, processes):
+            return train(config, processes, stop, watchdog)
 
 
 def command_line() -> NoReturn:
@@ -63,32 +65,32 @@ def command_line() -> NoReturn:
 
     Ends by `os._exit`: threads of gloo and of a half-built process group can hang in the interpreter's teardown.
     """
-    first = os.environ.get("RANK", "0") == "0"
     try:
         code = main(*parse_arguments())
-    except UserError as error:
-        code = USER_ERROR_EXIT
-        # What all processes raise is said once; what only this one met (a damaged sample, say) nobody else can say.
-        if first or not isinstance(error, (AgreedError, ConfigError)):
-            print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
-        code = INTERRUPTED_EXIT
+        code = Exit.INTERRUPTED
     except SystemExit as error:  # argparse
-        code = error.code if isinstance(error.code, int) else USER_ERROR_EXIT
+        code = error.code if isinstance(error.code, int) else Exit.USER_ERROR
     except Exception as error:
-        code = CRASHED
-        message = disk_message(error)
-        if message is not None:
-            code = USER_ERROR_EXIT
-            print(f"error: {message}", file=sys.stderr)
-        elif lost_a_peer(error):
-            code = LOST_EXIT
-            print(f"error: lost another process of this job: {str(error).splitlines()[0]}", file=sys.stderr)
-        else:
-            traceback.print_exc()
+        code = _tell(error)
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _tell(error: Exception) -> int:
+    """Print an error as far as this process is the one to do so; returns its exit code."""
+    known = explained(error)
+    if known is not None:
+        # What all processes raise is said once; what only this one met (a damaged sample, say) nobody else can say.
+        if os.environ.get("RANK", "0") == "0" or not isinstance(known, (AgreedError, ConfigError)):
+            print(f"error: {known}", file=sys.stderr)
+        return known.exit_code
+    if lost_a_peer(error):
+        print(f"error: lost another process of this job: {first_line(error)}", file=sys.stderr)
+        return Exit.LOST
+    traceback.print_exc()
+    return Exit.CRASHED
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from typing import Any
 from data_pipeline.errors import AgreedError, ConfigError, UserError
 from data_pipeline.files import write_json
 from trainer.config import RunConfig, load_config, save_config
+from trainer.exits import BusyError
 
 # Sections and keys that may change between two lives of a run: they decide how and how long, not what.
 _MAY_CHANGE = {"name", "run", "engine", "tracking"}
@@ -105,7 +106,7 @@ class RunFolder:
     def lock(self) -> Iterator[None]:
         """Hold the folder for one job. Released when the process ends.
 
-        Raises UserError when another job has it, or where there can be no folder.
+        Raises BusyError when another job has it, UserError where there can be no folder.
         """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
@@ -120,7 +121,7 @@ class RunFolder:
             except BlockingIOError:
                 file.seek(0)
                 holder = file.read().strip() or "another process"
-                raise UserError(
+                raise BusyError(
                     f"{self.path} is in use by {holder}: two jobs on one run folder would spoil it. "
                     "Wait for it or stop it, or choose another run.folder=..."
                 ) from None

@@ -7,7 +7,7 @@ A daemon thread in every process sends a line a second to the main process, the 
 - nobody anywhere in its code for `hang_seconds`: the job hangs; the process that is behind the others is named;
 - a process that leaves with an error of its own: the others, who would wait for it for ever, end too.
 
-The main process prints the cause and tells it to all, and they end with `LOST_EXIT`; who has lost the main process
+The main process prints the cause and tells it to all, and they end with `Exit.LOST`; who has lost the main process
 itself says so. Time is counted in own beats: a job that was suspended as a whole and goes on is not taken for dead.
 The training thread only sets an attribute (`at`). Standard library only.
 """
@@ -35,12 +35,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from data_pipeline.errors import USER_ERROR_EXIT, UserError, disk_message
+from data_pipeline.errors import UserError
+from trainer.exits import Exit, explained
 
 if TYPE_CHECKING:
     from trainer.processes import Processes
 
-LOST_EXIT = 4  # another process of the job died or hung; the same command continues
 BEAT_SECONDS = 1.0
 DEAD_SECONDS = 20.0  # without a line: frozen or cut off
 LEAVE_SECONDS = 3.0  # for the others to leave by themselves after one left with an error, and for farewells
@@ -76,13 +76,13 @@ class Verdict:
     """Why the job ends."""
 
     cause: str
-    code: int = LOST_EXIT
+    code: int = Exit.LOST
     frozen: Member | None = None  # does not answer, so it cannot end itself
     behind: tuple[int, ...] = ()  # ranks to show where they stand
 
     def __str__(self) -> str:
         cause = self.cause.rstrip(".") + "."
-        return cause if self.code == USER_ERROR_EXIT else f"{cause} {_REMEDY}"
+        return f"{cause} {_REMEDY}" if self.code == Exit.LOST else cause
 
     @classmethod
     def parse(cls, fields: dict[str, Any]) -> Verdict:
@@ -226,10 +226,10 @@ def _describe(error: BaseException | None) -> tuple[str, int] | None:
     """Message and exit code of an error for the others. A mistake that only one process met is all the job's."""
     if error is None:
         return None
-    message = str(error) if isinstance(error, UserError) else disk_message(error)
-    if message is not None:
-        return message, USER_ERROR_EXIT
-    return f"{type(error).__name__}: {error}"[:2000], LOST_EXIT
+    known = explained(error)
+    if known is not None:
+        return str(known), known.exit_code
+    return f"{type(error).__name__}: {error}"[:2000], Exit.LOST
 
 
 class _Role(threading.Thread):
@@ -433,13 +433,13 @@ class Client(_Role):
             _exit(verdict.code)
 
     def _lost_the_main_process(self, silent: int) -> NoReturn:
-        _end_without_fail(LOST_EXIT)
+        _end_without_fail(Exit.LOST)
         frozen = silent > self._dead_beats
         how = f"it has not answered for {silent * BEAT_SECONDS:.0f} s: frozen, or cut off" if frozen else "it died"
         _say(f"error: lost the main process, {self._main}: {how}. {_REMEDY}")
         if frozen:
             self._main.kill_if_here()
-        _exit(LOST_EXIT)
+        _exit(Exit.LOST)
 
 
 class _Lines:

@@ -206,7 +206,7 @@ def test_full_disk_is_told_and_leaves_nothing(
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(SystemExit) as stop:
         run_cli(lambda: main(["generated", "--out", str(tmp_path / "out"), *SMALL]))
-    assert stop.value.code == 2
+    assert stop.value.code == 8
     assert "error: the disk is full while writing" in (told := capsys.readouterr().err)
     assert "Traceback" not in told
     assert entries(tmp_path) == []

@@ -19,8 +19,8 @@ from pathlib import Path
 import pytest
 from ranks import ROOT, run_ranks
 
+from trainer.exits import Exit
 from trainer.tracking.records import read_train_records
-from trainer.watchdog import LOST_EXIT
 
 BIN = Path(sys.executable).parent
 
@@ -158,7 +158,7 @@ def ends_with_a_cause_when_cut_off(kind: str, network: Network, tiny_config: Pat
     assert "on host0): it has not answered" in texts[1]
     assert all(process.returncode != 0 for process in processes)
     if kind == "environment":
-        assert [process.returncode for process in processes] == [LOST_EXIT, LOST_EXIT]
+        assert [process.returncode for process in processes] == [Exit.LOST, Exit.LOST]
     assert not network.inhabitants()  # no orphans, launchers' children included
     network.plug(1, "up")
     reached = max(int(path.name) for path in (folder / "checkpoints").glob("0*"))

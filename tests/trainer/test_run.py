@@ -23,6 +23,7 @@ from data_pipeline.dataset import ShardDataset
 from data_pipeline.errors import AgreedError, disk_message
 from data_pipeline.order import EpochOrder
 from trainer.config import load_config
+from trainer.exits import Exit
 from trainer.export import open_export
 from trainer.grid import save_grid
 from trainer.inputs import downsample
@@ -159,7 +160,7 @@ def test_a_taken_port_is_named(tiny_config: Path, tmp_path: Path) -> None:
         done = subprocess.run(
             [sys.executable, *command], cwd=ROOT, env=os.environ | rank, text=True, capture_output=True, timeout=120
         )
-    assert done.returncode == 2
+    assert done.returncode == Exit.BUSY
     assert f"port {port} is in use" in done.stderr
     assert "Traceback" not in done.stderr
 
@@ -219,7 +220,7 @@ def test_sigterm_saves_and_the_same_command_continues_bit_for_bit(tiny_config: P
     try:
         wait_for(lambda: (stopped / "metrics.0.jsonl").exists())
         second = run(sys.executable, *command, f"run.folder={stopped}")  # a second job on the same folder
-        assert second.returncode == 2
+        assert second.returncode == Exit.BUSY
         assert "in use" in second.stderr
         processes[1].send_signal(signal.SIGTERM)  # one is told, all stop together
         texts = [p.communicate(timeout=60)[0] for p in processes]

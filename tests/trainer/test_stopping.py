@@ -13,9 +13,9 @@ import pytest
 from ranks import run_ranks, start_ranks
 
 from trainer.checkpoint import list_checkpoints
+from trainer.exits import Exit
 from trainer.processes import collective_timeout
 from trainer.tracking.records import read_train_records
-from trainer.watchdog import LOST_EXIT
 
 Job = list[subprocess.Popen[str]]
 
@@ -86,7 +86,7 @@ def test_sigterm_ends_a_process_that_waits_for_a_hanging_peer(start: Callable[..
     wait_for_hang(tmp_path / "run", job)
     job[0].send_signal(signal.SIGTERM)
     texts = [process.communicate(timeout=60)[0] for process in job]
-    assert [process.returncode for process in job] == [LOST_EXIT, LOST_EXIT], texts
+    assert [process.returncode for process in job] == [Exit.LOST, Exit.LOST], texts
     assert "received SIGTERM, but no step ended within 1 s: not saved" in texts[0]
     assert "lost the main process" in texts[1]
 
@@ -116,7 +116,7 @@ def test_ctrl_c_twice_waits_for_no_save(start: Callable[..., Job]) -> None:
 def test_a_disk_full_for_a_metric_is_told_with_the_runs_folder(start: Callable[..., Job], tmp_path: Path) -> None:
     (process,) = start("no_metrics")
     text = process.communicate(timeout=60)[0]
-    assert process.returncode == 2, text
+    assert process.returncode == Exit.NO_SPACE, text
     assert f"error: the disk is full while writing {tmp_path / 'run'}." in text
     assert "Traceback" not in text
 

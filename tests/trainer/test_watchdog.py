@@ -24,9 +24,10 @@ import torch
 from ranks import ROOT, start_ranks
 
 import trainer.watchdog as module
+from trainer.exits import Exit
 from trainer.ports import free_port
 from trainer.tracking.records import read_train_records
-from trainer.watchdog import LOST_EXIT, Entry, Hub, Member, Place, Roll, Verdict, _listen, lost_a_peer
+from trainer.watchdog import Entry, Hub, Member, Place, Roll, Verdict, _listen, lost_a_peer
 
 Job = list[subprocess.Popen[str]]
 
@@ -78,7 +79,7 @@ def test_a_dead_process_is_named_and_all_end(start: Callable[..., Job]) -> None:
     time.sleep(0.5)
     job[2].kill()
     codes, texts = finish(job)
-    assert codes == [LOST_EXIT, LOST_EXIT, -signal.SIGKILL]
+    assert codes == [Exit.LOST, Exit.LOST, -signal.SIGKILL]
     told(texts, f"process 2 (pid {job[2].pid} on {socket.gethostname()}) died, last seen in")
 
 
@@ -86,7 +87,7 @@ def test_survivors_say_that_they_lost_the_main_process(start: Callable[..., Job]
     job = start("wait", "wait", "wait")
     job[0].kill()
     codes, texts = finish(job)
-    assert codes == [-signal.SIGKILL, LOST_EXIT, LOST_EXIT]
+    assert codes == [-signal.SIGKILL, Exit.LOST, Exit.LOST]
     for text in texts[1:]:
         assert text.count(f"error: lost the main process, process 0 (pid {job[0].pid} on") == 1
         assert "it died" in text
@@ -98,13 +99,13 @@ def test_a_frozen_process_is_named_and_killed(start: Callable[..., Job], frozen:
     job[frozen].send_signal(signal.SIGSTOP)
     codes, texts = finish(job)
     assert codes[frozen] == -signal.SIGKILL  # it could not end itself
-    assert codes[1 - frozen] == LOST_EXIT
+    assert codes[1 - frozen] == Exit.LOST
     told(texts, f"process {frozen} (pid {job[frozen].pid}", "has not answered for 4 s", "frozen")
 
 
 def test_a_process_whose_interpreter_is_blocked_is_killed(start: Callable[..., Job]) -> None:
     codes, texts = finish(start("wait", "blocked", dead=4))
-    assert codes == [LOST_EXIT, -signal.SIGKILL]
+    assert codes == [Exit.LOST, -signal.SIGKILL]
     told(texts, "process 1", "frozen")
 
 
@@ -132,7 +133,7 @@ def test_a_hang_names_who_is_behind_and_shows_where(
     start: Callable[..., Job], plans: tuple[str, ...], behind: str
 ) -> None:
     codes, texts = finish(start(*plans, hang=1))
-    assert codes == [LOST_EXIT] * len(plans)
+    assert codes == [Exit.LOST] * len(plans)
     text = "".join(texts)
     assert text.count("error: no process has moved on for 1 s (engine.hang_seconds)") == 1
     assert behind in text
@@ -156,7 +157,7 @@ def test_a_mistake_that_one_process_met_ends_the_job_as_a_mistake(start: Callabl
 
 def test_a_crash_of_one_ends_the_others(start: Callable[..., Job]) -> None:
     codes, texts = finish(start("wait", "wait", "crash"))
-    assert codes == [LOST_EXIT, LOST_EXIT, 1]
+    assert codes == [Exit.LOST, Exit.LOST, 1]
     told(texts, "process 2 (", "RuntimeError: boom")
 
 
@@ -168,7 +169,7 @@ def test_who_only_notices_that_a_peer_is_gone_waits_for_the_cause(start: Callabl
     job = start("torn", "torn", "wait")
     job[2].kill()
     codes, texts = finish(job)
-    assert codes[:2] == [LOST_EXIT, LOST_EXIT]
+    assert codes[:2] == [Exit.LOST, Exit.LOST]
     told(texts, "process 2 (", "died")
 
 
@@ -227,7 +228,7 @@ def test_the_hub_judges_at_its_beats_and_when_one_is_gone_but_not_after_every_li
         hub.join(60)
     assert lines == [b"{}\n"] * 200
     assert judged == [200]  # when it had gone
-    assert exits == [LOST_EXIT, LOST_EXIT]
+    assert exits == [Exit.LOST, Exit.LOST]
 
 
 def test_only_what_a_collective_operation_raises_is_a_lost_peer(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,7 +313,7 @@ def test_real_training_ends_as_a_whole(train: Callable[..., Job], victim: int, n
     job[victim].send_signal(number)
     codes, texts = finish(job)
     assert codes[victim] == -signal.SIGKILL
-    assert codes[1 - victim] == LOST_EXIT, texts
+    assert codes[1 - victim] == Exit.LOST, texts
     how = "frozen" if number == signal.SIGSTOP else "died"
     told(texts[1 - victim : 2 - victim], f"process {victim} (pid {job[victim].pid}", how)
     gone(pids)
@@ -322,7 +323,7 @@ def test_real_training_ends_as_a_whole(train: Callable[..., Job], victim: int, n
 def test_real_training_that_hangs_shows_where(train: Callable[..., Job]) -> None:
     job = train("engine.hang_seconds=20", script="tests/trainer/hanging_run.py")
     codes, texts = finish(job)
-    assert codes == [LOST_EXIT, LOST_EXIT]
+    assert codes == [Exit.LOST, Exit.LOST]
     told(texts, "no process has moved on", "behind is process 1 (", "in 'data'")
     assert "for inputs in steps" in texts[1]
 
