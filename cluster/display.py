@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import shutil
 import sys
 import time
+from collections.abc import Mapping, Sequence
 
 from cluster.driver import Watcher
 from cluster.folder import StudyFolder
-from cluster.jobs import Job, Outcome, TrialJob
+from cluster.jobs import Outcome, Placement, Resources, TrialJob
 from cluster.plan import duration, format_table
-from cluster.scheduler import Failure, Retry, Scheduler
+from cluster.scheduler import Scheduler
+from cluster.troubles import Failure, Retry
 
 _LIVE_SECONDS, _LOG_SECONDS = 1.0, 8.0
 
@@ -21,21 +22,21 @@ class Display(Watcher):
     """Prints the study's progress: a live line on a terminal, plain lines elsewhere."""
 
     def __init__(self, folder: StudyFolder) -> None:
-        super().__init__(self.on_start, self.on_end, self.on_tick)
         self._folder = folder
         self._began = time.monotonic()
         self._next = 0.0
         self._live = sys.stdout.isatty()
         self._starts: dict[str, float] = {}
 
-    def on_start(self, job: Job) -> None:
+    def started(self, placement: Placement) -> None:
+        job = placement.job
         self._starts[job.key] = time.monotonic()
         if isinstance(job, TrialJob):
             trial, record = self._folder.trials[job.key], self._folder.last_record(job.key)
             since = f" from {record.nimg:,} images" if record else ""
             self.say(f"training   {trial.label:8} seed {trial.seed}: {trial.total_images:,} images{since}")
 
-    def on_end(self, outcome: Outcome, verdict: Retry | Failure | None) -> None:
+    def ended(self, outcome: Outcome, verdict: Retry | Failure | None) -> None:
         job = outcome.job
         seconds = duration(time.monotonic() - self._starts.pop(job.key, time.monotonic()))
         if isinstance(verdict, Retry):
@@ -43,7 +44,8 @@ class Display(Watcher):
                 f"warning: {job.key} failed ({verdict.message}); attempt {verdict.attempt + 1} in {verdict.pause:g} s"
             )
         elif isinstance(verdict, Failure):
-            self.say(f"error: {job.key} failed {verdict.attempts} times, given up: {verdict.message}")
+            how = f"failed {verdict.attempts} times, given up" if verdict.state == "failed" else verdict.state
+            self.say(f"{'error' if verdict.state == 'failed' else 'warning'}: {job.key} {how}: {verdict.message}")
         elif isinstance(job, TrialJob):
             self.say(f"trained    {self._folder.trials[job.key].label:8} in {seconds}")
         elif job.shard[0] == 0:  # which writes the result of all shards
@@ -56,12 +58,20 @@ class Display(Watcher):
                 f"evaluated  {self._folder.trials[job.trial].label:8} at {job.nimg:>9,} images in {seconds}: {values}"
             )
 
-    def on_tick(self, scheduler: Scheduler) -> None:
+    def nodes(self, joined: Sequence[str], lost: Sequence[str]) -> None:
+        for names, what in ((joined, "joined"), (lost, "lost")):
+            if names:
+                self.say(f"nodes {what}: {', '.join(names)}")
+
+    def told(self, text: str) -> None:
+        self.say(text)
+
+    def tick(self, scheduler: Scheduler, nodes: Mapping[str, Resources]) -> None:
         now = time.monotonic()
         if now < self._next:
             return
         self._next = now + (_LIVE_SECONDS if self._live else _LOG_SECONDS)
-        running = [self._trial(key) for key, job in scheduler.running.items() if isinstance(job, TrialJob)]
+        running = [self._trial(key) for key in scheduler.running_trials]
         evaluating = len(scheduler.running) - len(running)
         trials, evaluations = scheduler.num_waiting
         counts = f"{evaluating} evaluating, waiting: {trials} trials, {evaluations} evaluations"
@@ -99,7 +109,7 @@ def status_table(folder: StudyFolder) -> str:
         record, done = folder.last_record(name), folder.trial_done(name)
         nimg = trial.total_images if done else record.nimg if record else 0
         speed = record.values.get("speed/img_per_second", 0.0) if record else 0.0
-        running = not done and _held(folder, name)
+        running = not done and folder.is_training(name)
         state = "complete" if done else "running" if running else "stopped" if record else "waiting"
         eta = duration((trial.total_images - nimg) / speed) if running and speed else ""
         records = folder.current_records(name)
@@ -123,16 +133,3 @@ def _num_evaluated(folder: StudyFolder, name: str) -> int:
         if (folder.run_folder(name) / "exports" / f"{nimg:012d}" / "manifest.json").exists()
     )
     return min(wanted, exported - missing)
-
-
-def _held(folder: StudyFolder, name: str) -> bool:
-    """Does a training process hold the run folder?"""
-    path = folder.run_folder(name) / "run.lock"
-    if not path.exists():
-        return False
-    with open(path, "rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False

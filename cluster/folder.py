@@ -1,6 +1,7 @@
 """The folder of a study, and what its files prove: which trials are complete, which evaluations are missing.
 
-STUDY/ study.yaml (resolved)  study.lock  trials/<trial>/ (run folders)  points.csv  law/ (fits, figures, report)
+STUDY/ study.yaml (with its run configs: all that `run` needs)  study.lock  trials/<trial>/ (run folders)  law/
+       events.jsonl (what happened, over all drivers)  status.json (what the driver knows)  summary.txt
 """
 
 from __future__ import annotations
@@ -8,20 +9,32 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from cluster.jobs import EvalJob, TrialJob
-from cluster.plan import eval_resources, evaluation_flops, trial_resources, trial_seconds
+from cluster.divergence import LossWatch
+from cluster.jobs import Changes, EvalJob, TrialJob
+from cluster.plan import evaluation_flops, trial_seconds
+from cluster.portable import save_portable
+from cluster.shapes import eval_shape, trial_shapes
 from cluster.spec import StudyConfig
 from cluster.trials import Trial, trial_config
-from data_pipeline.errors import UserError
-from trainer.config import load_config, save_config
+from cluster.verdicts import read_verdict, write_verdict
+from data_pipeline.errors import ConfigError, UserError
+from data_pipeline.files import write_json
+from trainer.checkpoint import list_checkpoints
+from trainer.config import RunConfig, load_config, save_config
+from trainer.memory import divisors
 from trainer.run_folder import check_same_run
 from trainer.tracking.records import EvalRecord, TrainRecord, read_result, segments
+
+MICRO_BATCH = "micro_batch.json"  # in a run's folder: what it was reduced to after running out of memory
+_LOSS_SECONDS = 5.0  # between two looks at a trial's losses
+_LOOK_SECONDS = 0.003  # what one look at a folder may take on a slow file system; a tenth of the time is spent so
 
 
 class StudyFolder:
@@ -31,7 +44,10 @@ class StudyFolder:
         self.path = path.absolute()
         self.study = study
         self.trials = {trial.name: trial for trial in trials}
-        self._exports_seen: dict[str, int] = {}
+        self.look_for_changes: Callable[[], Changes] = Changes
+        self._exports_seen: dict[str, int] = {}  # when the folder of exports last changed
+        self._losses: dict[str, LossWatch] = {}
+        self._look_at = {"exports": 0.0, "losses": 0.0}
 
     def run_folder(self, trial: str) -> Path:
         return self.path / "trials" / trial
@@ -54,25 +70,120 @@ class StudyFolder:
                     "it, watch it with `python -m cluster.study status`, or give another folder with --out."
                 ) from None
             file.truncate(0)
-            file.write(f"process {os.getpid()}")
+            file.write(f"process {os.getpid()} on {os.uname().nodename}")
             file.flush()
             yield
 
-    def prepare(self) -> list[TrialJob]:
-        """Write the study's config and each trial's, and return the trials as jobs."""
-        save_config(self.study, self.path / "study.yaml")
-        return [self._prepare(trial) for trial in self.trials.values()]
+    def driver(self) -> str | None:
+        """Who drives the study now; None where nobody does."""
+        path = self.path / "study.lock"
+        if not path.exists() or not _is_locked(path):
+            return None
+        return path.read_text(encoding="utf-8").strip() or "another process"
 
-    def _prepare(self, trial: Trial) -> TrialJob:
+    def prepare(self) -> list[TrialJob]:
+        """Write the study's config and each trial's, and return the trials as jobs.
+
+        Raises ConfigError, before anything is written, where a trial's folder holds another run.
+        """
+        configs = {name: self._checked_config(trial) for name, trial in self.trials.items()}
+        for name, config in configs.items():
+            save_config(config, self.run_folder(name) / "trial.yaml")
+        save_portable(self.study, self.path)
+        return [self.job(name) for name in self.trials]
+
+    def adopt(self, study: StudyConfig, trials: Sequence[Trial]) -> tuple[tuple[TrialJob, ...], tuple[str, ...]]:
+        """Be another study from here on, one whose trials continue this one's.
+
+        Returns the trials that are new or changed, and the names of those that are no more. Raises ConfigError, and
+        nothing changes, where it is another study or a trial would be another run.
+        """
+        if study.name != self.study.name:
+            raise ConfigError(f"name={study.name}: a running study keeps its name, {self.study.name}.")
+        other = StudyFolder(self.path, study, trials)
+        jobs = {job.key: job for job in other.prepare()}
+        same_shapes = study.resources == self.study.resources
+        changed = [name for name, trial in other.trials.items() if not same_shapes or self.trials.get(name) != trial]
+        dropped = tuple(name for name in self.trials if name not in other.trials)
+        self.study, self.trials = other.study, other.trials
+        self._exports_seen.clear()
+        return tuple(jobs[name] for name in changed), dropped
+
+    def job(self, name: str) -> TrialJob:
+        trial = self.trials[name]
+        left = 1.0 - min(1.0, self.progress(name) / trial.total_images)
+        seconds = trial_seconds(self.study, trial) * left
+        return TrialJob(name, self.run_folder(name), trial_shapes(self.study, trial), seconds, trial.priority)
+
+    def _checked_config(self, trial: Trial) -> RunConfig:
         folder = self.run_folder(trial.name)
         config = trial_config(trial, folder)
         if (folder / "config.yaml").exists():  # also where the trial is finished and would not look itself
             check_same_run(load_config(folder / "config.yaml"), config, folder)
-        save_config(config, folder / "trial.yaml")
-        return TrialJob(
-            trial.name, folder, self.study.resources.num_processes, trial_resources(self.study),
-            trial_seconds(self.study, trial),
-        )  # fmt: skip
+        return _with_micro_batch(config, _reduced_to(folder))
+
+    # ---- the driver's questions: StudyFiles ---------------------------------------------------------------------
+
+    def exported(self, trials: Iterable[str]) -> list[str]:
+        """Those whose folder of exports has changed since this was last asked; looked at as often as that is cheap."""
+        trials = list(trials)
+        if not self._is_time("exports", 10 * _LOOK_SECONDS * len(trials)):
+            return []
+        return [name for name in trials if self._exports_changed(name)]
+
+    def _exports_changed(self, trial: str) -> bool:
+        try:
+            mark = (self.run_folder(trial) / "exports").stat().st_mtime_ns
+        except OSError:
+            return False
+        before, self._exports_seen[trial] = self._exports_seen.get(trial), mark
+        return mark != before
+
+    def progress(self, trial: str) -> int:
+        """Images of the newest checkpoint."""
+        newest = list_checkpoints(self.run_folder(trial) / "checkpoints")[:1]
+        return int(newest[0].name) if newest else 0
+
+    def diverging(self, trials: Iterable[str]) -> Mapping[str, str]:
+        rule, trials = self.study.early_stop, list(trials)
+        if rule is None or not self._is_time("losses", max(_LOSS_SECONDS, 10 * _LOOK_SECONDS * len(trials))):
+            return {}
+        found = {}
+        for name in trials:
+            why = self._losses.setdefault(name, LossWatch(rule)).look(self.run_folder(name))
+            if why is not None:
+                found[name] = why
+        return found
+
+    def verdict(self, trial: str) -> str | None:
+        verdict = read_verdict(self.run_folder(trial))
+        return None if verdict is None else verdict.reason
+
+    def end_trial(self, trial: str, state: str, reason: str) -> None:
+        record = self.last_record(trial)
+        write_verdict(self.run_folder(trial), state, reason, record.nimg if record else 0)  # type: ignore[arg-type]
+
+    def shrink_micro_batch(self, trial: str) -> str | None:
+        folder, num_processes = self.run_folder(trial), self.study.resources.num_processes
+        config = load_config(folder / "trial.yaml")
+        share = config.train.global_batch // num_processes
+        before = config.train.micro_batch or share
+        smaller = [n for n in divisors(share) if n <= before // 2]
+        if (folder / MICRO_BATCH).exists() or not smaller:
+            return None
+        write_json(folder / MICRO_BATCH, {"micro_batch": max(smaller), "before": before})
+        save_config(_with_micro_batch(config, max(smaller)), folder / "trial.yaml")
+        return f"micro-batch {max(smaller)} instead of {before}, the global batch stays {config.train.global_batch}"
+
+    def changes(self) -> Changes:
+        return self.look_for_changes()
+
+    def _is_time(self, what: str, seconds: float) -> bool:
+        now = time.monotonic()
+        if now < self._look_at[what]:
+            return False
+        self._look_at[what] = now + seconds
+        return True
 
     # ---- what files prove ---------------------------------------------------------------------------------------
 
@@ -83,11 +194,15 @@ class StudyFolder:
 
     def missing_evaluations(self, trial: str) -> list[EvalJob]:
         facts = self.trials[trial]
-        if not facts.evaluated:
+        if not facts.evaluated or self._is_cancelled(trial):
             return []
         exports = [self.run_folder(trial) / "exports" / f"{nimg:012d}" for nimg in facts.export_images]
         jobs = [job for export in exports if (export / "manifest.json").exists() for job in self._jobs(facts, export)]
         return [job for job in jobs if not job.out.exists()]
+
+    def _is_cancelled(self, trial: str) -> bool:
+        verdict = read_verdict(self.run_folder(trial))
+        return verdict is not None and verdict.state == "cancelled"
 
     def current_records(self, trial: str) -> list[EvalRecord]:
         """The records of the trial's evaluations as this study file asks for them; others are left aside."""
@@ -110,6 +225,11 @@ class StudyFolder:
         facts = self.trials[trial]
         return len(requests(self.study, facts, nimg)) if facts.evaluated else 0
 
+    def is_training(self, trial: str) -> bool:
+        """Does a training process hold the run's folder?"""
+        path = self.run_folder(trial) / "run.lock"
+        return path.exists() and _is_locked(path)
+
     def last_record(self, trial: str) -> TrainRecord | None:
         """The newest training record, from the end of the newest segment."""
         found = segments(self.run_folder(trial))
@@ -120,8 +240,8 @@ class StudyFolder:
         """One job a shard of every evaluation; all shards of one are proved done by the same file."""
         nimg = int(export.name)
         wanted = requests(self.study, trial, nimg)
-        resources, num_shards = eval_resources(self.study), self.study.resources.eval_shards
-        devices = (resources.gpus or resources.cpus) * num_shards
+        shape, num_shards = eval_shape(self.study), self.study.resources.eval_shards
+        devices = shape.total.devices * num_shards
         work = evaluation_flops(self.study, trial, last=nimg == trial.total_images)
         seconds = work / (self.study.device.peak_flops * self.study.device.utilization * devices) / max(1, len(wanted))
         jobs = []
@@ -131,7 +251,9 @@ class StudyFolder:
             for shard in range(num_shards):
                 name = f"{trial.name}/{export.name}/{key}" + (f" {shard + 1}/{num_shards}" if num_shards > 1 else "")
                 place = (shard, num_shards)
-                jobs.append(EvalJob(name, trial.name, nimg, export, out, request, place, resources, seconds))
+                jobs.append(
+                    EvalJob(name, trial.name, nimg, export, out, request, place, (shape,), seconds, trial.priority)
+                )
         return jobs
 
 
@@ -175,6 +297,30 @@ def _network(export: Path, weights: str) -> str:
     from evaluation.subject import identity_in_manifest
 
     return identity_in_manifest(json.loads((export / "manifest.json").read_text())["files"], weights)
+
+
+def _with_micro_batch(config: RunConfig, micro_batch: int | None) -> RunConfig:
+    if micro_batch is None:
+        return config
+    return config.model_copy(update={"train": config.train.model_copy(update={"micro_batch": micro_batch})})
+
+
+def _reduced_to(run: Path) -> int | None:
+    """The micro-batch that a run was reduced to, if it was."""
+    try:
+        return int(json.loads((run / MICRO_BATCH).read_text())["micro_batch"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def _is_locked(path: Path) -> bool:
+    """Does a process, here or elsewhere, hold this lock?"""
+    with open(path, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
 
 
 def _last_line(path: Path) -> bytes:

@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from cluster.jobs import EvalJob, Resources, TrialJob
-from cluster.simulate import SimulatedTrial, simulated_eval, simulated_makespan
+from cluster.shapes import eval_shape, trial_shapes
+from cluster.simulate import SimulatedTrial, simulated_eval, simulated_schedule
 from cluster.spec import StudyConfig
 from cluster.trials import Trial
 from trainer.diffusion.guidance import num_calls_a_step
@@ -76,10 +77,12 @@ def plan_text(study: StudyConfig, trials: Sequence[Trial], *, cluster: Resources
 def makespan(study: StudyConfig, trials: Sequence[Trial], slots: Resources) -> float:
     """Seconds on `slots`, training and evaluation, by the real scheduler on a simulated clock."""
     by_name = {trial.name: trial for trial in trials}
-    need, eval_need = trial_resources(study), eval_resources(study)
+    shape = eval_shape(study)
     simulated = [
         SimulatedTrial(
-            TrialJob(trial.name, Path(trial.name), study.resources.num_processes, need, trial_seconds(study, trial)),
+            TrialJob(
+                trial.name, Path(trial.name), trial_shapes(study, trial), trial_seconds(study, trial), trial.priority
+            ),
             tuple((nimg / trial.total_images, nimg) for nimg in trial.export_images),
         )
         for trial in trials
@@ -87,18 +90,11 @@ def makespan(study: StudyConfig, trials: Sequence[Trial], slots: Resources) -> f
 
     def evaluations(name: str, nimg: int) -> list[EvalJob]:
         work = evaluation_flops(study, by_name[name], last=nimg == by_name[name].total_images)
-        seconds = work / (_rate(study) * (eval_need.gpus or eval_need.cpus))
-        return [simulated_eval(name, nimg, resources=eval_need, seconds=seconds)] if work else []
+        seconds = work / (_rate(study) * shape.total.devices)
+        return [simulated_eval(name, nimg, shape=shape, seconds=seconds)] if work else []
 
-    return simulated_makespan(simulated, slots, evaluations)
-
-
-def trial_resources(study: StudyConfig) -> Resources:
-    return Resources(study.resources.cpus, study.resources.gpus)
-
-
-def eval_resources(study: StudyConfig) -> Resources:
-    return Resources(study.resources.eval_cpus, study.resources.eval_gpus)
+    share = study.resources.eval_share
+    return simulated_schedule(simulated, {"node": slots}, evaluations, eval_share=share).makespan
 
 
 def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -24,7 +24,7 @@ from trainer.exits import Exit
 from trainer.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
-GRACE_SECONDS = 30.0  # from SIGTERM to SIGKILL; the trainer ends itself after 25
+GRACE_SECONDS = 120.0  # from SIGTERM to SIGKILL; the trainer ends itself after 25, or when what it saves is saved
 _LOCK_SECONDS = 60.0
 _TAIL_BYTES = 8192
 
@@ -94,9 +94,10 @@ class Ranks:
         if all(code is not None for code in codes):
             return _one_code([code for code in codes if code is not None])
         if any(code not in (None, 0) for code in codes):
-            failed = [code for code in codes if code not in (None, 0)]
             self.stop()
-            return _one_code([code for code in failed if code is not None])
+            ended = [process.returncode for process in self._processes]
+            # How the others end now tells only where they had a trouble of their own.
+            return _one_code([code for before, code in zip(codes, ended, strict=True) if before or code > 0])
         return None
 
     def stop(self, grace: float = GRACE_SECONDS) -> None:

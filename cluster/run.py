@@ -5,22 +5,26 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from collections.abc import Mapping
 from contextlib import ExitStack
 
 from cluster.display import Display
-from cluster.driver import Summary, is_complete, run_jobs, waiting_trials
+from cluster.driver import Summary, Watcher, is_complete, run_jobs, waiting_trials
+from cluster.edits import Edits
 from cluster.folder import StudyFolder, requests
 from cluster.heartbeat import heartbeat
-from cluster.jobs import TrialJob
+from cluster.jobs import Resources, TrialJob
 from cluster.scheduler import Scheduler
+from cluster.spec import StudyConfig
 from cluster.trials import data_folders
+from cluster.troubles import RetryPolicy
 from data_pipeline.errors import INTERRUPTED_EXIT, UserError
 from trainer.tracking.follow import SyncProcess
 
 _FAILED_EXIT = 1
 
 
-def run_study(folder: StudyFolder, *, address: str | None, command: str) -> int:
+def run_study(folder: StudyFolder, edits: Edits, *, address: str | None, command: str) -> int:
     """Run what is missing, then report. Returns the exit code."""
     jobs = folder.prepare()
     summary = Summary(stopped=False, num_done=0)
@@ -28,16 +32,17 @@ def run_study(folder: StudyFolder, *, address: str | None, command: str) -> int:
         print(f"study {folder.study.name}: all {len(jobs)} trials and their evaluations are done already", flush=True)
     else:
         _preflight(folder)
-        summary = _run_missing(folder, jobs, address)
+        summary = _run_missing(folder, edits, jobs, address)
     if summary.stopped:
         print(f"stopped; what was running is saved. To continue: {command}", flush=True)
         return INTERRUPTED_EXIT
     show_report(folder)
-    for failure in summary.failures:
+    failures = [failure for failure in summary.failures if failure.state == "failed"]
+    for failure in failures:
         print(f"error: {failure.job.key} failed {failure.attempts} times: {failure.message}", file=sys.stderr)
-    if summary.failures:
+    if failures:
         print(f"To try what failed again: {command}", file=sys.stderr)
-    return _FAILED_EXIT if summary.failures else 0
+    return _FAILED_EXIT if failures else 0
 
 
 def show_report(folder: StudyFolder) -> None:
@@ -60,16 +65,26 @@ def show_report(folder: StudyFolder) -> None:
     print("\n".join(lines), flush=True)
 
 
-def _run_missing(folder: StudyFolder, jobs: list[TrialJob], address: str | None) -> Summary:
+def promised_nodes(study: StudyConfig) -> Mapping[str, Resources]:
+    """The nodes that an autoscaling cluster may grow to; none where it does not."""
+    cluster = study.cluster
+    if cluster is None or not cluster.autoscale:
+        return {}
+    return {f"promised {i}": Resources(cluster.cpus, cluster.gpus) for i in range(cluster.nodes)}
+
+
+def _run_missing(folder: StudyFolder, edits: Edits, jobs: list[TrialJob], address: str | None) -> Summary:
     from cluster.launch import RayBackend
     from cluster.tracking import write_page
 
     study = folder.study
     waiting = waiting_trials(jobs, folder)
-    scheduler = Scheduler(waiting, attempts=study.retry.attempts, first_pause=study.retry.first_pause)
+    retry = RetryPolicy(**study.retry.model_dump())
+    scheduler = Scheduler(waiting, retry=retry, eval_share=study.resources.eval_share)
     display = Display(folder)
+    watchers: list[Watcher] = [display]
+    folder.look_for_changes = edits.look
     stop = _StopSignal()
-    display.stop_requested = lambda: stop.requested
     where = "on this machine" if address is None else f"at {address}"
     print(f"study {study.name}: {len(waiting)} of {len(jobs)} trials to train; starting Ray {where}", flush=True)
     with ExitStack() as stack:
@@ -78,12 +93,17 @@ def _run_missing(folder: StudyFolder, jobs: list[TrialJob], address: str | None)
             experiment = study.tracking.experiment or study.name
             sync = SyncProcess(folder.path, uri=study.tracking.uri, experiment=experiment)
             stack.callback(sync.stop)
+        grows = study.cluster is not None and study.cluster.autoscale
+        allow_skew = study.cluster is not None and study.cluster.allow_skew
         with heartbeat("starting Ray"):
-            backend = RayBackend(address)
+            backend = RayBackend(address, grows=grows, allow_skew=allow_skew)
         stop.listen()  # after Ray, which sets handlers of its own
         stack.callback(backend.close)
         stack.callback(display.end)
-        return run_jobs(jobs, folder, backend, scheduler, display)
+        return run_jobs(
+            jobs, folder, backend, scheduler, watchers,
+            stop_requested=lambda: stop.requested, promised=promised_nodes(study),
+        )  # fmt: skip
 
 
 def _preflight(folder: StudyFolder) -> None:

@@ -120,9 +120,26 @@ def test_only_this_starts_output_is_judged(start) -> None:  # type: ignore[no-un
     assert "error" not in second.output()
 
 
-def test_a_port_taken_in_between_is_no_mistake_of_the_users() -> None:
-    assert classify(2, "error: port 5 is in use on 127.0.0.1; give this job another")[0] == "failed"
-    assert classify(1, "Traceback\nValueError: boom") == ("failed", "exit code 1: ValueError: boom")
+@pytest.mark.parametrize(
+    ("code", "status"),
+    [(0, "done"), (2, "user_error"), (3, "stopped"), (5, "diverged"), (6, "out_of_memory"), (7, "lost"), (8, "no_space"),
+     (1, "failed"), (4, "failed"), (-9, "failed")],
+)  # fmt: skip
+def test_each_exit_code_has_its_meaning(code: int, status: str) -> None:
+    assert classify(code, "error: this is why")[0] == status
+
+
+def test_a_process_killed_for_want_of_memory_is_told_from_one_that_was_killed() -> None:
+    assert classify(-9, "", ran_out_of_memory=True)[0] == "out_of_memory"
+    assert classify(-15, "", ran_out_of_memory=True)[0] == "failed"
+
+
+def test_what_explains_the_others_comes_first() -> None:
+    assert module._one_code([4, 6, -9]) == 6
+    assert module._one_code([4, -9, 3]) == -9
+    assert module._one_code([4, 1, 0]) == 1
+    assert module._one_code([3, 4]) == 4
+    assert module._one_code([0, 3]) == 3
 
 
 def test_a_lost_process_is_tried_again_and_named() -> None:
