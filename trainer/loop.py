@@ -136,6 +136,7 @@ class Run:
         self.outputs = Outputs(config, folder, dataset, device)
         self.layout = layout_of(config, processes, micro_batch=self.engine.micro_batch)
         self.nimg, self.seconds_before, self.lr = 0, 0.0, 0.0
+        self.started = False  # this life has made a step
         self.last_step: list[MicroBatch] = []
         if reader is not None:
             self._restore(reader)
@@ -188,6 +189,7 @@ class Run:
                 self.meter.add_replaced(len(inputs.damaged))
                 self.step(inputs)
                 self.nimg += batch
+                self.started = self.started or self.note_started()
                 bar.update(batch)
                 self.profiler.step(self.nimg)
                 stopping = agreement.after_step(stop.requested or self.saver.failed) and self.nimg < plan.total
@@ -304,6 +306,20 @@ class Run:
         t = torch.cat([micro.t for micro in self.last_step]).cpu()
         first = self.last_step[0].nimg + self.processes.rank * len(t)
         return Recomputed(t, torch.arange(first, first + len(t)), torch.cat(losses).cpu())
+
+    def note_started(self) -> bool:
+        """After the first step of a life: say so in a file. True, whether it could be written or not.
+
+        Nothing of the run is in it, so a full disk is told by what needs the space, a record or a checkpoint.
+        """
+        if self.processes.is_main:
+            if self.processes.device.type == "cuda":
+                torch.cuda.synchronize(self.processes.device)  # the step is done, not only begun
+            try:
+                self.folder.write_started(self.nimg)
+            except OSError as error:
+                say(f"warning: {self.folder.started} could not be written ({error}); training goes on")
+        return True
 
     def save(self) -> None:
         """Begin a checkpoint, and an export where the plan has one; both are written while training goes on."""

@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -51,6 +52,14 @@ class RunFolder:
     @property
     def result(self) -> Path:
         return self.path / "result.json"
+
+    @property
+    def started(self) -> Path:
+        return self.path / "started.json"
+
+    def write_started(self, nimg: int) -> None:
+        """The first step of a life is done: {"time": in seconds since 1970, "nimg": after it, "pid": ...}."""
+        write_json(self.started, {"time": time.time(), "nimg": nimg, "pid": os.getpid()})
 
     def read_result(self) -> dict[str, Any] | None:
         """What a finished run left, or None. Raises AgreedError, on all who read it, where it is damaged."""

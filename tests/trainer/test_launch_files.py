@@ -29,7 +29,8 @@ exit $EXIT
     ("code", "losses", "requeued", "losses_after"),
     [
         (0, 7, False, 7), (1, 0, False, 0), (2, 0, False, 0), (3, 0, True, 0), (3, 20, True, 20),
-        (4, 0, True, 1), (137, 19, True, 20), (4, 20, False, 21),
+        (4, 0, True, 1), (137, 19, True, 20), (4, 20, False, 21), (5, 0, False, 0), (6, 7, False, 7), (7, 0, True, 1),
+        (8, 3, True, 4), (8, 20, False, 21),
     ],
 )  # fmt: skip
 def test_the_slurm_script(tmp_path: Path, code: int, losses: int, requeued: bool, losses_after: int) -> None:

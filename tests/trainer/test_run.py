@@ -43,11 +43,15 @@ def run(*command: str, timeout: float = 120) -> subprocess.CompletedProcess[str]
 
 def test_plain_python_trains_and_logs(tiny_config: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
+    began = time.time()
     done = run(
         sys.executable, "trainer/run.py", "--config", str(tiny_config), f"run.folder={folder}",
         "train.sample_grid.num_images=4", "train.sample_grid.respacing=3",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+    started = json.loads((folder / "started.json").read_text())
+    assert began < started["time"] < (folder / "result.json").stat().st_mtime
+    assert started["nimg"] == 8
     records = list(read_train_records(folder))
     assert [r.nimg for r in records] == [16, 24, 32, 48]
     assert {
@@ -60,6 +64,16 @@ def test_plain_python_trains_and_logs(tiny_config: Path, tmp_path: Path) -> None
                 "train.sample_grid.num_images=4", "train.sample_grid.respacing=3")  # fmt: skip
     assert again.returncode == 0
     assert "finished already" in again.stdout
+    assert json.loads((folder / "started.json").read_text()) == started  # no step, no new life
+
+
+def test_a_start_that_cannot_be_noted_goes_on(tiny_config: Path, tmp_path: Path) -> None:
+    (tmp_path / "r" / "started.json").mkdir(parents=True)
+    command = ["trainer/run.py", "--config", str(tiny_config), f"run.folder={tmp_path / 'r'}"]
+    done = run(sys.executable, *command, "train.budget_images=8", "train.export_images=[]")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("started.json could not be written (") == 1
+    assert "training goes on" in done.stdout
 
 
 def test_torchrun_and_deepspeed_launchers(tiny_config: Path, tmp_path: Path) -> None:
@@ -233,6 +247,9 @@ def test_sigterm_saves_and_the_same_command_continues_bit_for_bit(tiny_config: P
     end = f"train.budget_images={int(checkpoint.name) + 80}"
     for folder in (stopped, straight):
         run_ranks([*command, f"run.folder={folder}", end], 2)
+    notes = [json.loads((folder / "started.json").read_text()) for folder in (stopped, straight)]
+    assert [note["nimg"] for note in notes] == [int(checkpoint.name) + 8, 8]  # the newest life's first step
+    assert notes[0]["pid"] != processes[0].pid
     files = [next((f / "exports").iterdir()) / "model.safetensors" for f in (stopped, straight)]
     assert files[0].read_bytes() == files[1].read_bytes()
 

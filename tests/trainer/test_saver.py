@@ -90,8 +90,9 @@ def test_a_failure_is_seen_at_once_and_raised_once(tmp_path: Path, monkeypatch: 
     assert saver._thread is not None
     saver._thread.join()
     assert saver.failed
-    with pytest.raises(AgreedError, match=rf"the {where} could not be written.*disk is full"):
+    with pytest.raises(AgreedError, match=rf"the {where} could not be written.*disk is full") as raised:
         saver.wait()
+    assert raised.value.exit_code == 8
     assert not saver.failed
     assert not list(tmp_path.glob(".*.tmp"))
     assert len(list_checkpoints(tmp_path)) == (where == "export")
