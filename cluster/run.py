@@ -14,6 +14,8 @@ from cluster.edits import Edits
 from cluster.folder import StudyFolder, requests
 from cluster.heartbeat import heartbeat
 from cluster.jobs import Resources, TrialJob
+from cluster.journal import Journal
+from cluster.names import NodeNames
 from cluster.scheduler import Scheduler
 from cluster.spec import StudyConfig
 from cluster.trials import data_folders
@@ -82,7 +84,6 @@ def _run_missing(folder: StudyFolder, edits: Edits, jobs: list[TrialJob], addres
     retry = RetryPolicy(**study.retry.model_dump())
     scheduler = Scheduler(waiting, retry=retry, eval_share=study.resources.eval_share)
     display = Display(folder)
-    watchers: list[Watcher] = [display]
     folder.look_for_changes = edits.look
     stop = _StopSignal()
     where = "on this machine" if address is None else f"at {address}"
@@ -100,10 +101,15 @@ def _run_missing(folder: StudyFolder, edits: Edits, jobs: list[TrialJob], addres
         stop.listen()  # after Ray, which sets handlers of its own
         stack.callback(backend.close)
         stack.callback(display.end)
-        return run_jobs(
+        journal = Journal(folder.path, NodeNames(backend))
+        watchers: list[Watcher] = [display, journal]
+        note = stack.enter_context(journal.life(study.name, address))
+        summary = run_jobs(
             jobs, folder, backend, scheduler, watchers,
             stop_requested=lambda: stop.requested, promised=promised_nodes(study),
         )  # fmt: skip
+        note(summary)
+        return summary
 
 
 def _preflight(folder: StudyFolder) -> None:
