@@ -131,7 +131,7 @@ class DeviceConfig(Section):
 
 
 class ClusterConfig(Section):
-    """The cluster: what `plan` simulates on, and what `run` expects."""
+    """The cluster: what `plan` simulates on, and what one that grows may grow to."""
 
     nodes: int = Field(ge=1)  # alike; with autoscale the most there can be
     cpus: float = Field(gt=0)  # of one node

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from cluster.folder import StudyFolder
 from cluster.spec import load_study
 from cluster.trials import Trial, make_trials
+from evaluation.scaling.__main__ import main as scaling
+from evaluation.scaling.points import Point, write_csv
 from trainer.config import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -71,6 +75,30 @@ def test_the_upsampler_of_the_two_stage_route_starts_at_64_channels(tmp_path: Pa
     chosen = trial("imagenet256", "two-stage-upsampler")
     narrow = chosen.config.model.model_copy(update={"channels": 64})
     two_steps(chosen.config.model_copy(update={"model": narrow}), generated(tmp_path / "data", 256), tmp_path)
+
+
+def test_a_grid_of_equal_compute_gives_the_best_size_at_each_of_its_budgets(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Made points, 2.9 + 300 N^-0.5 + 60 D^-0.34 with a scatter of 0.1 %: N* grows as C^(0.34 / (0.5 + 0.34))."""
+    study, rng = load_study(STUDIES / "cifar10_isoflop.yaml"), np.random.default_rng(0)
+    points = [
+        Point(
+            metric="nll", split="test", stderr=0.003, compute=nimg * one.cost.train_flops, seed=one.seed, run=one.name,
+            value=(2.9 + 300 * one.cost.num_params**-0.5 + 60 * nimg**-0.34) * math.exp(rng.normal(0, 0.001)),
+            num_params=one.cost.num_params, images=nimg, flop_convention="2 per multiply-add",
+        )
+        for one in make_trials(study) for nimg in one.export_images
+    ]  # fmt: skip
+    write_csv(tmp_path / "points.csv", points)
+    monkeypatch.setattr(sys, "argv", ["scaling", "isoflop", str(tmp_path / "points.csv"), "--json"])
+    assert scaling() == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [s["status"] for s in found["slices"]] == ["ok"] * len(study.evaluation.flops or ())
+    assert [s["budget"] for s in found["slices"]] == pytest.approx(study.evaluation.flops, rel=0.01)
+    assert not any(s["interpolated"] for s in found["slices"])  # the points are at equal compute as they are
+    low, high = found["size_law"]["exponent_interval"]
+    assert low < 0.34 / 0.84 < high
 
 
 def test_the_evaluations_of_the_shipped_studies_are_ones_that_exist(tmp_path: Path) -> None:
