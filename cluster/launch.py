@@ -25,6 +25,8 @@ from cluster.workers import Ended, EvalWorker, Sent, TrialWorker
 from data_pipeline.errors import UserError
 
 _ANSWER_SECONDS = 10.0
+# Ray of one machine (its default on systems other than Linux): it listens on loopback, not on all interfaces.
+_ONE_MACHINE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 _OBJECT_STORE_BYTES = 100_000_000  # nothing but paths and numbers goes through it
 _NODES_SECONDS = 1.0  # between two looks at which nodes there are
 _WANT_SECONDS = 5.0  # between two requests for nodes
@@ -62,6 +64,8 @@ class RayBackend:
             allow_skew: let workers have other versions than this process.
         """
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        if address is None:
+            os.environ.setdefault(_ONE_MACHINE, "0")
         _check_answers(address)
         import ray
 
@@ -133,8 +137,9 @@ class RayBackend:
         return [self._outcome(self._running.pop(key)) for key in over]
 
     def stop_job(self, key: str) -> None:
-        if key in self._running:
-            for actor in self._running[key].actors:
+        running = self._running.get(key)
+        if running is not None and isinstance(running.placement.job, TrialJob):  # evaluations are short
+            for actor in running.actors:
                 actor.stop.remote()
 
     def stop(self) -> None:
@@ -241,7 +246,7 @@ class RayBackend:
         except self._ray.exceptions.RayError as error:  # its worker or its node died
             ended = Ended("lost", _short(error))
         running.ended.append(ended)
-        if ended.status != "done" and running.give_up_at is None:
+        if ended.status != "done" and running.waited_for and running.give_up_at is None:
             running.give_up_at = self.now() + GRACE_SECONDS + 5
             self.stop_job(running.placement.job.key)
 
