@@ -47,7 +47,7 @@ def world(fate: dict[tuple[str, int], Status], *events: NodeEvent) -> SimulatedC
     return SimulatedCluster({"n1": TWO, "n2": TWO}, trials, evaluations, ends, events)
 
 
-def of(events: list[Event], what: str, **about: Any) -> list[Event]:
+def of(events: list[Event], what: str, **about: object) -> list[Event]:
     return [e for e in events if e["event"] == what and all(e.get(k) == v for k, v in about.items())]
 
 
