@@ -71,7 +71,8 @@ class RayBackend:
 
         self._ray, self.grows = ray, grows
         _connect(ray, address)
-        self._environment = None if allow_skew else environment()
+        # On this machine there is one installation; its code may be edited while a study runs.
+        self._environment = None if allow_skew or address is None else environment()
         self._running: dict[str, _Running] = {}
         self._references: dict[Any, str] = {}  # of results to come -> the job's key
         self._idle: list[_Idle] = []
