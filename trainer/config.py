@@ -30,6 +30,7 @@ from pydantic import (
 from data_pipeline.errors import ConfigError
 from data_pipeline.files import write_atomic
 from trainer.diffusion.respacing import space_timesteps
+from trainer.mirror_store import shown, url_problem
 
 
 class Section(BaseModel):
@@ -318,6 +319,15 @@ class TrackingConfig(Section):
 
 class FolderConfig(Section):
     folder: Path
+    mirror: Place | None = None  # URL of a folder in object storage that gets a copy of it, see trainer/mirror.py
+
+    @field_validator("mirror")
+    @classmethod
+    def _can_be_a_mirror(cls, value: str | None) -> str | None:
+        problem = url_problem(value) if value is not None else None
+        if problem:
+            raise ValueError(f"run.mirror={shown(value or '')}: {problem}")
+        return value
 
 
 class RunConfig(Section):

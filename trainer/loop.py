@@ -41,6 +41,7 @@ from trainer.journal import Journal
 from trainer.layout import changes, layout_of
 from trainer.meter import Meter
 from trainer.milestones import Milestones
+from trainer.mirror import MirrorProcess
 from trainer.models import ModelCost, build_model, count
 from trainer.noise_scale import NoiseScale
 from trainer.outputs import Outputs
@@ -93,6 +94,8 @@ def train(config: RunConfig, processes: Processes, stop: StopRequest, watchdog: 
         if processes.is_main and config.tracking.mlflow:
             sync = SyncProcess(folder.path, uri=config.tracking.uri, experiment=config.tracking.experiment)
             stack.callback(sync.stop)
+        if processes.is_main and config.run.mirror:
+            stack.callback(MirrorProcess(folder.path, config.run.mirror).stop)
         run = Run(config, folder, plan, cost, dataset, processes)
         stack.callback(run.close)
         return run.train(stop, watchdog)
