@@ -191,4 +191,4 @@ def test_mistakes_are_said_before_anything_starts(study_file: Path, tmp_path: Pa
     wrong = run("plan", study_file)
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: ")
-    assert "channels4-seed0" in wrong.stderr
+    assert "trial channels4" in wrong.stderr
