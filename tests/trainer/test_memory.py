@@ -282,6 +282,7 @@ def test_what_does_not_fit_is_refused_with_remedies(
         with_largest_micro_batch(config, processes, build=nn.Identity)
     assert "engine.activation_checkpointing=true" in str(caught.value)
     assert "a smaller network" in str(caught.value)
+    assert caught.value.exit_code == 2  # no other micro-batch would help, as one does where memory runs out in training
     tried_already = changed(config, activation_checkpointing=True)
     with pytest.raises(UserError) as caught:
         with_largest_micro_batch(tried_already, processes, build=nn.Identity)
