@@ -16,9 +16,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from cluster.costs import evaluation_seconds, trial_seconds
 from cluster.divergence import LossWatch
 from cluster.jobs import Changes, EvalJob, TrialJob
-from cluster.plan import evaluation_flops, trial_seconds
 from cluster.portable import save_portable
 from cluster.shapes import eval_shape, trial_shapes
 from cluster.spec import StudyConfig
@@ -241,11 +241,9 @@ class StudyFolder:
         nimg = int(export.name)
         wanted = requests(self.study, trial, nimg)
         shape, num_shards = eval_shape(self.study), self.study.resources.eval_shards
-        devices = shape.total.devices * num_shards
-        work = evaluation_flops(self.study, trial, last=nimg == trial.total_images)
-        seconds = work / (self.study.device.peak_flops * self.study.device.utilization * devices) / max(1, len(wanted))
+        expected = evaluation_seconds(self.study, trial, last=nimg == trial.total_images)
         jobs = []
-        for request in wanted:
+        for request, seconds in zip(wanted, expected, strict=True):
             key = _key(request, _network(export, request.weights))
             out = self.run_folder(trial.name) / "evals" / export.name / f"{key}.json"
             for shard in range(num_shards):

@@ -1,154 +1,219 @@
-"""What a study will cost, before anything starts: a table of trials and the totals."""
+"""What a study will cost and how it will run on a cluster, before anything starts.
+
+The schedule is that of the real scheduler on a simulated clock, were every time as reckoned: without start-ups,
+failures, or the time that files take.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
+from cluster.costs import TrialCost, evaluation_seconds, trial_costs
+from cluster.fits import check_fits_devices, nodes_in_words
+from cluster.gantt import devices, text_chart
 from cluster.jobs import EvalJob, Resources, TrialJob
 from cluster.shapes import eval_shape, trial_shapes
-from cluster.simulate import SimulatedTrial, simulated_eval, simulated_schedule
+from cluster.simulate import Schedule, SimulatedTrial, simulated_schedule
 from cluster.spec import StudyConfig
 from cluster.trials import Trial
-from trainer.diffusion.guidance import num_calls_a_step
-from trainer.diffusion.respacing import space_timesteps
-from trainer.memory import Memory, memory_of
+from cluster.words import count, duration, flops, format_table, size
 
 _HEADER = ("trial", "parameters", "FLOP/image", "images", "FLOP", "points", "evaluation", "time", "memory", "disk")
+_MOST_ROWS = 24  # of trials; more are shown as sizes
 
 
-def trial_seconds(study: StudyConfig, trial: Trial) -> float:
-    """Training time of a trial on its own devices, at the study's assumed rate."""
-    return trial.compute / (_rate(study) * devices_a_trial(study))
+@dataclass(frozen=True)
+class PlanReport:
+    """A study's costs, and its schedule on a cluster."""
 
+    study: StudyConfig
+    trials: tuple[Trial, ...]
+    costs: Mapping[str, TrialCost]  # by trial
+    nodes: Mapping[str, Resources]
+    schedule: Schedule
 
-def evaluation_flops(study: StudyConfig, trial: Trial, *, last: bool) -> float:
-    """FLOPs of all evaluations at one point of a trial; `last`: at its last one."""
-    if not trial.evaluated:
-        return 0.0
-    nll, distance, calls = study.evaluation.nll, study.evaluation.distance, 0
-    if nll is not None:
-        by_split = {"test": nll.num_calls, "train": nll.train_num_calls or nll.num_calls}
-        calls += sum(by_split[split] for split in nll.splits)
-    if distance is not None and (last or distance.points == "all"):
-        num_steps = len(space_timesteps(trial.config.diffusion.num_timesteps, distance.respacing))
-        calls += distance.repeats * distance.num_samples * num_steps * num_calls_a_step(distance.guidance)
-    return calls * trial.cost.forward_flops
+    @property
+    def utilization(self) -> float:
+        """The share of the devices' time, up to the makespan, in which they are held."""
+        held = sum(devices(span.resources) * (span.end - span.start) for span in self.schedule.spans)
+        there = sum(devices(has) for has in self._devices().values()) * self.schedule.makespan
+        return held / there if there else 0.0
 
+    @property
+    def over_bound(self) -> float:
+        """Makespan over the time below which no schedule can go."""
+        return self.schedule.makespan / self.schedule.bound if self.schedule.bound else 1.0
 
-def devices_a_trial(study: StudyConfig) -> float:
-    return study.resources.gpus or study.resources.cpus
+    def text(self) -> str:
+        """All of it for the terminal; the chart only for few nodes."""
+        points = count(sum(len(trial.export_images) for trial in self.trials), "evaluated point")
+        head = f"study {self.study.name}: {count(len(self.trials), 'trial')}, {points}"
+        chart = text_chart(self.schedule, self._devices(), [trial.name for trial in self.trials])
+        parts = [head, self._table(), "\n".join([*self._cost_lines(), *self._schedule_lines()]), chart]
+        return "\n\n".join(part for part in parts if part)
 
+    def figure(self, path: Path) -> None:
+        """Write a picture of the schedule; the suffix of `path` says of what kind (.png, .svg, .pdf)."""
+        from cluster.schedule_figure import Look, draw_schedule
+        from evaluation.report.figures import save_figure
 
-def trial_memory(study: StudyConfig, trial: Trial) -> Memory:
-    """What each process of a trial needs: on its GPU, or of the host's memory where it has none."""
-    return memory_of(trial.config, study.resources.num_processes, device="cuda" if study.resources.gpus else "cpu")
+        seeds = len(self.study.seeds) > 1
+        looks = {t.name: Look(t.label, f"{t.label} seed {t.seed}" if seeds else t.label, t.colour) for t in self.trials}
+        title = f"{self.study.name}: {self._schedule_words()}"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_figure(draw_schedule(self.schedule, self._devices(), looks, title=title), path)
 
+    def to_json(self) -> dict[str, Any]:
+        """Plain JSON values; times in seconds, sizes in bytes."""
+        schedule = asdict(self.schedule)
+        return {
+            "study": self.study.name,
+            "device": self.study.device.model_dump(mode="json"),
+            "trials": [self._trial_json(trial) for trial in self.trials],
+            "totals": self._totals(),
+            "nodes": {node: asdict(has) for node, has in self.nodes.items()},
+            "schedule": schedule | {"over_bound": self.over_bound, "utilization": self.utilization},
+        }
 
-def plan_text(study: StudyConfig, trials: Sequence[Trial], *, cluster: Resources | None = None) -> str:
-    """The table, the totals, and the time on `cluster` (default: the devices that the study file counts)."""
-    device, used = study.device, devices_a_trial(study)
-    rows = [_row(study, trial) for trial in trials]
-    total = sum(trial.compute for trial in trials)
-    evaluation = sum(_evaluations(study, trial) for trial in trials)
-    seconds = sum(trial_seconds(study, trial) for trial in trials) * used
-    devices = device.count or used
-    slots = cluster or (
-        Resources(cpus=1e9, gpus=devices) if study.resources.gpus else Resources(cpus=max(devices, used), gpus=0)
-    )
-    wall = makespan(study, trials, slots)
-    per_device = f"{100 * device.utilization:g} % of {device.peak_flops / 1e12:,.4g} TFLOP/s"
-    return "\n".join(
-        [
-            f"study {study.name}: {len(trials)} trials, {sum(len(t.export_images) for t in trials)} evaluated points",
-            "",
-            format_table(_HEADER, rows),
-            "",
-            f"training:    {flops(total)} FLOP in all (2 per multiply-add, training = 3 x forward)",
-            f"             {seconds / 3600:,.3g} {device.name}-hours at {per_device}",
-            f"evaluation:  {flops(evaluation)} FLOP ({evaluation / total:.1%} of training)",
-            "memory:      the most that each process needs of its device; `python -m trainer.plan` says of what kinds",
-            f"disk:        {size(sum(trial.disk_bytes for trial in trials))}",
-            f"wall time:   about {duration(wall)} on {devices:g} x {device.name} ({used:g} a trial), longest first",
+    def _trial_json(self, trial: Trial) -> dict[str, Any]:
+        facts = ("name", "label", "seed", "priority", "fitted", "export_images")
+        cost = self.costs[trial.name]
+        return {
+            **{fact: getattr(trial, fact) for fact in facts},
+            "num_params": trial.cost.num_params, "flops_per_image": trial.cost.train_flops,
+            "images": trial.total_images, "flops": trial.compute, **asdict(cost), "disk": cost.disk.peak,
+            "shapes": [asdict(shape) for shape in trial_shapes(self.study, trial)],
+        }  # fmt: skip
+
+    def _totals(self) -> dict[str, float]:
+        costs = [self.costs[trial.name] for trial in self.trials]
+        return {
+            "flops": sum(trial.compute for trial in self.trials),
+            "evaluation_flops": sum(cost.evaluation_flops for cost in costs),
+            "device_hours": sum(cost.device_seconds for cost in costs) / 3600,
+            "evaluation_device_hours": sum(cost.evaluation_device_seconds for cost in costs) / 3600,
+            "memory": max(cost.memory for cost in costs),
+            "disk": sum(cost.disk.peak for cost in costs),
+        }
+
+    def _devices(self) -> Mapping[str, Resources]:
+        """The nodes as the schedule counts them: by their CPUs where the study needs no GPU."""
+        wanted = self.study.resources
+        needs_gpus = wanted.gpus or wanted.eval_gpus
+        return self.nodes if needs_gpus else {node: Resources(has.cpus) for node, has in self.nodes.items()}
+
+    def _table(self) -> str:
+        """A line a trial, or where those are many a line a size."""
+        if len(self.trials) <= _MOST_ROWS:
+            return format_table(_HEADER, [self._row(trial.name, trial) for trial in self.trials])
+        sizes: dict[str, list[Trial]] = {}
+        for trial in self.trials:
+            sizes.setdefault(trial.rung, []).append(trial)
+        rows = [self._row(f"{rung} x {len(group)}", group[0]) for rung, group in sizes.items()]
+        return format_table(("of each trial", *_HEADER[1:]), rows)
+
+    def _row(self, name: str, trial: Trial) -> tuple[str, ...]:
+        cost = self.costs[trial.name]
+        return (
+            name, f"{trial.cost.num_params:,}", flops(trial.cost.train_flops), f"{trial.total_images:,}",
+            flops(trial.compute), str(len(trial.export_images)), flops(cost.evaluation_flops), duration(cost.seconds),
+            size(cost.memory), size(cost.disk.peak),
+        )  # fmt: skip
+
+    def _cost_lines(self) -> list[str]:
+        device, total = self.study.device, self._totals()
+        rate = f"{100 * device.utilization:g} % of {device.peak_flops / 1e12:,.4g} TFLOP/s"
+        share = total["evaluation_flops"] / total["flops"]
+        limit = f" of its {device.memory_gb:g} GB" if device.memory_gb else ""
+        return [
+            f"training:    {flops(total['flops'])} FLOP in all (2 per multiply-add, training = 3 x forward)",
+            f"             {total['device_hours']:,.3g} {device.name}-hours at {rate}",
+            f"evaluation:  {flops(total['evaluation_flops'])} FLOP ({100 * share:.1f} % of training), "
+            f"{total['evaluation_device_hours']:,.3g} {device.name}-hours",
+            f"memory:      at most {size(total['memory'])}{limit} a process of a trial; of what kinds says "
+            "`python -m trainer.plan`",
+            f"disk:        at most {size(total['disk'])} of exports and checkpoints",
         ]
-    )
+
+    def _schedule_lines(self) -> list[str]:
+        shape = trial_shapes(self.study, self.trials[0])[0]
+        processes = count(shape.num_processes, "process", "processes")
+        return [
+            f"cluster:     {nodes_in_words(self.nodes)}; {processes} a trial, on {shape}",
+            f"schedule:    {self._schedule_words()}",
+        ]
+
+    def _schedule_words(self) -> str:
+        held = f"{100 * self.utilization:.0f} % of the devices' time is used"
+        if self.over_bound < 1.0005:
+            return f"{duration(self.schedule.makespan)}, and no schedule can end earlier; {held}"
+        bound = duration(self.schedule.bound)
+        return (
+            f"{duration(self.schedule.makespan)}, {self.over_bound:.3f} x the {bound} that no schedule can beat; {held}"
+        )
 
 
-def makespan(study: StudyConfig, trials: Sequence[Trial], slots: Resources) -> float:
-    """Seconds on `slots`, training and evaluation, by the real scheduler on a simulated clock."""
+def plan_report(
+    study: StudyConfig, trials: Sequence[Trial], nodes: Mapping[str, Resources] | None = None
+) -> PlanReport:  # fmt: skip
+    """The plan on `nodes`; default: on those that the study file tells of (`planned_nodes`).
+
+    Raises ConfigError for what can never fit.
+    """
+    nodes = nodes or planned_nodes(study)
+    check_fits_devices(study, trials, nodes)
+    costs = trial_costs(study, trials)
+    return PlanReport(study, tuple(trials), costs, nodes, _schedule(study, trials, costs, nodes))
+
+
+def plan_text(study: StudyConfig, trials: Sequence[Trial]) -> str:
+    """The plan on the cluster that the study file tells of."""
+    return plan_report(study, trials).text()
+
+
+def planned_nodes(study: StudyConfig) -> dict[str, Resources]:
+    """The nodes of the study's `cluster:`, else one with `device.count` devices, else those of one trial."""
+    if study.cluster is not None:
+        has = Resources(study.cluster.cpus, study.cluster.gpus)
+        return {f"node{i}": has for i in range(study.cluster.nodes)}
+    wanted, num = study.resources, study.device.count
+    if num is None:
+        cpus, gpus = max(wanted.cpus / wanted.num_nodes, wanted.eval_cpus), max(
+            wanted.gpus / wanted.num_nodes, wanted.eval_gpus)  # fmt: skip
+        return {f"node{i}": Resources(cpus, gpus) for i in range(wanted.num_nodes)}
+    if not wanted.gpus:
+        return {"node0": Resources(max(num, wanted.cpus))}
+    return {"node0": Resources(num * max(wanted.cpus / wanted.gpus, wanted.eval_cpus / max(1, wanted.eval_gpus)), num)}
+
+
+def _schedule(
+    study: StudyConfig, trials: Sequence[Trial], costs: Mapping[str, TrialCost], nodes: Mapping[str, Resources]
+) -> Schedule:  # fmt: skip
     by_name = {trial.name: trial for trial in trials}
-    shape = eval_shape(study)
     simulated = [
         SimulatedTrial(
-            TrialJob(
-                trial.name, Path(trial.name), trial_shapes(study, trial), trial_seconds(study, trial), trial.priority
-            ),
-            tuple((nimg / trial.total_images, nimg) for nimg in trial.export_images),
+            TrialJob(t.name, Path(t.name), trial_shapes(study, t), costs[t.name].seconds, t.priority),
+            tuple((nimg / t.total_images, nimg) for nimg in t.export_images),
         )
-        for trial in trials
+        for t in trials
     ]
-
-    def evaluations(name: str, nimg: int) -> list[EvalJob]:
-        work = evaluation_flops(study, by_name[name], last=nimg == by_name[name].total_images)
-        seconds = work / (_rate(study) * shape.total.devices)
-        return [simulated_eval(name, nimg, shape=shape, seconds=seconds)] if work else []
-
-    share = study.resources.eval_share
-    return simulated_schedule(simulated, {"node": slots}, evaluations, eval_share=share).makespan
+    return simulated_schedule(
+        simulated, nodes, lambda name, nimg: _evaluations(study, by_name[name], nimg),
+        eval_share=study.resources.eval_share,
+    )  # fmt: skip
 
 
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Columns as wide as their widest cell; the first is left-aligned."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        aligned = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(cells, widths, strict=True))]
-        return "  ".join(aligned).rstrip()
-
-    return "\n".join([line(header), line(["-" * w for w in widths]), *map(line, rows)])
-
-
-def duration(seconds: float) -> str:
-    """`3:05`, `2:10:00` or `4.2 days`."""
-    if seconds >= 2 * 86400:
-        return f"{seconds / 86400:,.1f} days"
-    whole = round(seconds)
-    minutes = f"{whole // 60 % 60:02d}:{whole % 60:02d}"
-    return f"{whole // 3600}:{minutes}" if whole >= 3600 else minutes.removeprefix("0")
-
-
-def flops(value: float) -> str:
-    """`1.858e20`."""
-    return f"{value:.3e}".replace("e+", "e")
-
-
-def size(num_bytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:,.3g} TB"
-
-
-def _rate(study: StudyConfig) -> float:
-    return study.device.peak_flops * study.device.utilization
-
-
-def _evaluations(study: StudyConfig, trial: Trial) -> float:
-    last = trial.export_images[-1]
-    return sum(evaluation_flops(study, trial, last=n == last) for n in trial.export_images)
-
-
-def _row(study: StudyConfig, trial: Trial) -> tuple[str, ...]:
-    return (
-        trial.name,
-        f"{trial.cost.num_params:,}",
-        flops(trial.cost.train_flops),
-        f"{trial.total_images:,}",
-        flops(trial.compute),
-        str(len(trial.export_images)),
-        flops(_evaluations(study, trial)),
-        duration(trial_seconds(study, trial)),
-        size(trial_memory(study, trial).total),
-        size(trial.disk_bytes),
-    )
+def _evaluations(study: StudyConfig, trial: Trial, nimg: int) -> list[EvalJob]:
+    """The processes of all evaluations of an export, which only take time."""
+    shape, num_shards, nowhere = eval_shape(study), study.resources.eval_shards, Path("/nonexistent")
+    return [
+        EvalJob(
+            f"{trial.name}/{nimg}/{i}.{shard}", trial.name, nimg, nowhere, nowhere, None, (shard, num_shards), (shape,),
+            seconds, trial.priority,
+        )
+        for i, seconds in enumerate(evaluation_seconds(study, trial, last=nimg == trial.total_images))
+        for shard in range(num_shards)
+    ]  # fmt: skip

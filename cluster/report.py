@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.folder import StudyFolder
-from cluster.plan import flops, format_table
+from cluster.words import flops, format_table
 from data_pipeline.files import write_atomic, write_json
 from evaluation.report import study_report
 from evaluation.report.law_runs import curve_name, law_runs

@@ -16,7 +16,6 @@ from data_pipeline.errors import ConfigError
 from trainer.config import RunConfig, merge, read_tree, validate
 from trainer.models import ModelCost, count
 
-_BYTES = 4  # everything is stored in float32
 EXTRA_COLOUR = "#8c8c8c"
 
 
@@ -42,10 +41,9 @@ class Trial:
         return self.total_images * self.cost.train_flops
 
     @property
-    def disk_bytes(self) -> float:
-        """Exports (weights and their average) and the checkpoints kept (and one being written), with two moments."""
-        exports = 2 * len(self.export_images)
-        return self.cost.num_params * _BYTES * (exports + 4.0 * (self.config.train.keep_checkpoints + 1))
+    def rung(self) -> str:
+        """Its name without the seed: trials that have it in common differ in their seed only."""
+        return self.name.rpartition("-seed")[0]
 
 
 def make_trials(study: StudyConfig) -> list[Trial]:
