@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from cluster.driver import Watcher
 from cluster.folder import StudyFolder
 from cluster.jobs import Outcome, Placement, Resources, TrialJob
-from cluster.plan import duration, format_table
+from cluster.words import duration
 from cluster.scheduler import Scheduler
 from cluster.troubles import Failure, Retry
 
@@ -100,36 +100,3 @@ class Display(Watcher):
             f"{trial.label} {record.nimg:,}/{trial.total_images:,} img {record.nimg / trial.total_images:.0%} "
             f"{speed:,.0f} img/s ETA {duration(left)} loss {record.values.get('train/loss', float('nan')):.3f}"
         )
-
-
-def status_table(folder: StudyFolder) -> str:
-    """Every trial's state, from the files alone; works while another process drives the study, or none."""
-    rows = []
-    for name, trial in folder.trials.items():
-        record, done = folder.last_record(name), folder.trial_done(name)
-        nimg = trial.total_images if done else record.nimg if record else 0
-        speed = record.values.get("speed/img_per_second", 0.0) if record else 0.0
-        running = not done and folder.is_training(name)
-        state = "complete" if done else "running" if running else "stopped" if record else "waiting"
-        eta = duration((trial.total_images - nimg) / speed) if running and speed else ""
-        records = folder.current_records(name)
-        nll = [r for r in sorted(records, key=lambda r: r.nimg) if r.metric == "nll" and r.split == "test"]
-        distance = [r for r in sorted(records, key=lambda r: r.nimg) if r.metric != "nll"]
-        rows.append(
-            [
-                name, trial.label, state, f"{nimg:,}", f"{nimg / trial.total_images:.0%}", eta,
-                f"{_num_evaluated(folder, name)}/{folder.num_evaluations(name)}",
-                f"{nll[-1].value:.3f}" if nll else "", f"{distance[-1].value:.4g}" if distance else "",
-            ]
-        )  # fmt: skip
-    return format_table(["trial", "size", "state", "images", "", "ETA", "evaluated", "NLL", "distance"], rows)
-
-
-def _num_evaluated(folder: StudyFolder, name: str) -> int:
-    wanted, missing = folder.num_evaluations(name), len(folder.missing_evaluations(name))
-    exported = sum(
-        folder.num_requests(name, nimg)
-        for nimg in folder.trials[name].export_images
-        if (folder.run_folder(name) / "exports" / f"{nimg:012d}" / "manifest.json").exists()
-    )
-    return min(wanted, exported - missing)

@@ -6,7 +6,8 @@ Every line has `time` (seconds since 1970) and `event`, and beside them
                     driver before was alive, where that one wrote no end)
     driver_ended    how ("complete", "failed": some jobs were given up, "stopped": by request, "error"), message
     nodes           joined: {name: {"cpus", "gpus"}}, lost: [name, ...]
-    started         key, kind ("trial", "evaluation"), attempt, nodes (names), processes, cpus and gpus (of each node)
+    started         key, kind ("trial", "evaluation"), attempt, nodes (names), processes, cpus and gpus (of each node),
+                    expected (seconds)
     ended           key, kind, attempt, status, seconds (since it started), startup (of a trial: seconds), message
     retry           key, attempt (that ended), pause (seconds), status, message
     failure         key, attempts, state ("failed", "diverged", "cancelled"), message
@@ -100,6 +101,7 @@ class Journal(Watcher):
         self._write(
             "started", **_about(placement), nodes=[self._names(node) for node in placement.nodes],
             processes=shape.num_processes, cpus=shape.per_node.cpus, gpus=shape.per_node.gpus,
+            expected=placement.seconds,
         )  # fmt: skip
 
     def ended(self, outcome: Outcome, verdict: Retry | Failure | None) -> None:

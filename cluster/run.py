@@ -18,6 +18,7 @@ from cluster.journal import Journal
 from cluster.names import NodeNames
 from cluster.scheduler import Scheduler
 from cluster.spec import StudyConfig
+from cluster.status import StatusFile
 from cluster.trials import data_folders
 from cluster.troubles import RetryPolicy
 from data_pipeline.errors import INTERRUPTED_EXIT, UserError
@@ -56,10 +57,12 @@ def show_report(folder: StudyFolder) -> None:
         raise UserError(f"{folder.path} holds no evaluation yet, so there is nothing to report; run the study first.")
     with heartbeat("fitting the laws"):
         from cluster.report import write_report
+        from cluster.summary import write_summary
         from cluster.tracking import send_report
 
         report = write_report(folder)
-    print(f"\n{report.text}\n", flush=True)
+        summary = write_summary(folder)
+    print("\n".join(["", report.text, "", *([summary, ""] if summary else [])]), flush=True)
     with heartbeat("sending to MLflow"):
         lines = send_report(folder, report)
     if report.figure is not None:
@@ -101,8 +104,10 @@ def _run_missing(folder: StudyFolder, edits: Edits, jobs: list[TrialJob], addres
         stop.listen()  # after Ray, which sets handlers of its own
         stack.callback(backend.close)
         stack.callback(display.end)
-        journal = Journal(folder.path, NodeNames(backend))
-        watchers: list[Watcher] = [display, journal]
+        names = NodeNames(backend)
+        journal, status = Journal(folder.path, names), StatusFile(folder, names, address)
+        stack.callback(status.end)
+        watchers: list[Watcher] = [display, journal, status]
         note = stack.enter_context(journal.life(study.name, address))
         summary = run_jobs(
             jobs, folder, backend, scheduler, watchers,

@@ -74,9 +74,19 @@ def _plan(args: argparse.Namespace, folder: StudyFolder) -> int:
 
 
 def _status(args: argparse.Namespace, folder: StudyFolder) -> int:
-    from cluster.display import status_table
+    from cluster.status_table import status_table, watch
 
-    print(status_table(folder))
+    if args.watch:
+        watch(folder)
+    else:
+        print(status_table(folder))
+    return 0
+
+
+def _logs(args: argparse.Namespace, folder: StudyFolder) -> int:
+    from cluster.logs import show_logs
+
+    show_logs(folder, _known(args.trial, folder), follow=args.follow)
     return 0
 
 
@@ -128,7 +138,8 @@ def _restart(args: argparse.Namespace, folder: StudyFolder) -> int:
 
 
 _ACTIONS = {
-    "plan": _plan, "status": _status, "report": _report, "update": _update, "cancel": _cancel, "restart": _restart,
+    "plan": _plan, "status": _status, "logs": _logs, "report": _report, "update": _update, "cancel": _cancel,
+    "restart": _restart,
 }  # fmt: skip
 
 
