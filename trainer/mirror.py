@@ -59,6 +59,8 @@ class MirrorProcess:
     def _start(self, *options: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "trainer.mirror", "push", str(self._folder), self._url, *options]
         environment = {key: value for key, value in os.environ.items() if key != "CUDA_VISIBLE_DEVICES"}
+        root = str(Path(__file__).resolve().parents[1])  # the working directory may be another
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, os.environ.get("PYTHONPATH"))))
         # A session of its own: Ctrl-C is for the run, which saves and then asks for the last pass.
         return subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL, start_new_session=True)
 
@@ -91,11 +93,11 @@ def _push(folder: Path, url: str, patience: float) -> int:
     store = MirrorStore(url)
     check_apart(folder, store)
     cursor = Cursor(folder, store.url)
-    with cursor.lock(), _bar("pushed") as bar:
-        push = Push(folder, store, cursor, advance=bar.update, say=say)
+    with cursor.lock(), _Progress("pushed") as progress:
+        push = Push(folder, store, cursor, advance=progress.advance, say=say)
 
         def one_pass() -> None:
-            _expect(bar, push.num_bytes())
+            progress.expect(push.num_bytes())
             push.one_pass(everything=True)
 
         _persist(one_pass, cursor, store, patience)
@@ -113,11 +115,11 @@ def _pull(url: str, folder: Path, patience: float) -> int:
     check_apart(folder, store)
     folder.mkdir(parents=True, exist_ok=True)
     cursor = Cursor(folder, store.url)
-    with cursor.lock(), _bar("pulled") as bar:
-        pull = Pull(store, folder, cursor, advance=bar.update)
+    with cursor.lock(), _Progress("pulled") as progress:
+        pull = Pull(store, folder, cursor, advance=progress.advance)
 
         def one_pass() -> None:
-            _expect(bar, pull.num_bytes())
+            progress.expect(pull.num_bytes())
             pull.one_pass()
 
         _persist(one_pass, cursor, store, patience)
@@ -127,13 +129,30 @@ def _pull(url: str, folder: Path, patience: float) -> int:
     return 0
 
 
-def _bar(description: str) -> Any:
-    return progress_bar(total=0, unit="B", scale=True, description=description)
+class _Progress:
+    """A bar of bytes, if there are any to transfer."""
 
+    def __init__(self, description: str) -> None:
+        self._description = description
+        self._bar: Any = None
 
-def _expect(bar: Any, num_bytes: int) -> None:
-    bar.total = bar.n + num_bytes
-    bar.refresh()
+    def expect(self, num_bytes: int) -> None:
+        """So many are still to come."""
+        if self._bar is not None:
+            self._bar.total = self._bar.n + num_bytes
+        elif num_bytes:
+            self._bar = progress_bar(total=num_bytes, unit="B", scale=True, description=self._description)
+
+    def advance(self, num_bytes: int) -> None:
+        if self._bar is not None:
+            self._bar.update(num_bytes)
+
+    def __enter__(self) -> _Progress:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.close()
 
 
 def _persist(one_pass: Callable[[], None], cursor: Cursor, store: MirrorStore, patience: float) -> None:

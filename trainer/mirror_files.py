@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import re
+import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -29,7 +30,7 @@ _RUN = re.compile(r"trials/[^/]+/")
 _LATE = re.compile(
     r"(?:run|result|verdict|status|experiment)\.json|evals/.+\.json|evals/[^/]+\.txt|events\.jsonl|points\.csv|law/.+"
 )
-_RETRACTABLE = re.compile(r"(?:result|verdict)\.json|metrics\.\d+\.jsonl")
+_WITHDRAWABLE = re.compile(r"(?:result|verdict)\.json|metrics\.\d+\.jsonl")
 _SAVE_SECONDS = 5.0
 
 
@@ -75,9 +76,14 @@ class Part:
         found = [folder for folder, names in self.sealed.items() if f"{folder}/{MANIFEST}" in names]
         return sorted(found, key=lambda folder: (-int(number(folder)), folder))
 
-    def retractable(self, name: str) -> bool:
-        """Whether the run may withdraw this file, so that the mirror must, too."""
-        return name.startswith(self.prefix) and _RETRACTABLE.fullmatch(name.removeprefix(self.prefix)) is not None
+    def may_withdraw(self, name: str) -> bool:
+        """Whether the run may remove this file of its, so that the mirror must, too."""
+        return _WITHDRAWABLE.fullmatch(name.removeprefix(self.prefix)) is not None
+
+    @staticmethod
+    def prefix_of(name: str) -> str:
+        run = _RUN.match(name)
+        return run[0] if run else ""
 
 
 def number(folder: str) -> str:
@@ -89,8 +95,8 @@ def parts_of(names: Iterable[str]) -> dict[str, Part]:
     """The mirrored ones among `names`, by the parts' prefixes; the part "" is always there."""
     parts = {"": Part("")}
     for name in filter(is_mirrored, names):
-        run = _RUN.match(name)
-        part = parts.setdefault(run[0] if run else "", Part(run[0] if run else ""))
+        prefix = Part.prefix_of(name)
+        part = parts.setdefault(prefix, Part(prefix))
         sealed = _SEALED.fullmatch(name)
         if sealed:
             part.sealed.setdefault(sealed[1], set()).add(name)
@@ -111,6 +117,8 @@ def manifest_entries(content: bytes) -> dict[str, dict[str, Any]] | None:
     """{"bytes": size, "sha256": digest} of each file that a manifest lists; None where it is damaged."""
     try:
         files = json.loads(content)["files"]
+        if any("/" in name or name.startswith(".") for name in files):
+            return None
         return {str(name): {"bytes": int(e["bytes"]), "sha256": str(e["sha256"])} for name, e in files.items()}
     except (ValueError, KeyError, TypeError, AttributeError):
         return None
@@ -132,7 +140,7 @@ class Cursor:
         self.stamps: dict[str, str] = {}  # the mirror's own mark of those that were pulled
         self.runs: dict[str, str] = {}  # id of the run that the mirror has, by part
         self.num_noted = 0  # moves on with every file
-        self._saved = time.monotonic()
+        self._saved, self._saving = time.monotonic(), threading.Lock()
         self._load()
 
     @contextmanager
@@ -149,8 +157,9 @@ class Cursor:
         if stamp is not None:
             self.stamps[name] = stamp
         self.num_noted += 1
-        if time.monotonic() - self._saved > _SAVE_SECONDS:
-            self.save()
+        with self._saving:  # files are sent and brought by several threads
+            if time.monotonic() - self._saved > _SAVE_SECONDS:
+                self.save()
 
     def forget(self, name: str) -> None:
         self.marks.pop(name, None)

@@ -27,7 +27,7 @@ from trainer.mirror_files import (
 )
 from trainer.mirror_store import MirrorStore, MissingError, Stored
 
-_NUM_THREADS = 4  # for small files
+_NUM_THREADS = 4  # files at a time
 _SMALL = 32 << 20  # bytes that are held in memory at a time by each
 _NUM_DOWNLOADS = 2  # of a file that arrives damaged
 
@@ -112,6 +112,11 @@ class Pull:
         """The id first: without its checkpoints a run does not start afresh. What proves something comes last."""
         ahead = self._is_ahead(part)
         self._pull_plain({part.identity} & part.plain, ahead)
+        if ahead:  # a segment of records that the mirror lacks would replace what its later ones say
+            for path in (self.folder / part.prefix).glob("metrics.*.jsonl"):
+                if f"{part.prefix}{path.name}" not in part.plain:
+                    self._set_aside(path, "aside")
+        self._pull_plain(part.early, ahead)
         for folder in sorted(part.sealed, key=lambda folder: (-int(number(folder)), folder)):
             try:
                 problem = self._pull_sealed(folder, part.sealed[folder])
@@ -119,11 +124,6 @@ class Pull:
                 problem = "it was removed meanwhile, or is not complete"
             if problem:
                 self.skipped.append(f"{folder}: {problem}")
-        if ahead:  # a segment of records that the mirror lacks would replace what its later ones say
-            for path in (self.folder / part.prefix).glob("metrics.*.jsonl"):
-                if f"{part.prefix}{path.name}" not in part.plain:
-                    self._set_aside(path, "aside")
-        self._pull_plain(part.early, ahead)
         self._pull_plain(part.late, ahead)
 
     def _is_ahead(self, part: Part) -> bool:
@@ -157,7 +157,7 @@ class Pull:
             return "its manifest is damaged"
         for name, entry in entries.items():
             stored = self._there.get(f"{folder}/{name}")
-            if "/" in name or stored is None or stored.size != entry["bytes"]:
+            if stored is None or stored.size != entry["bytes"]:
                 return f"{name} {'is missing' if stored is None else f'has {stored.size:,} bytes'} in the mirror"
         if final.exists():
             there = final / MANIFEST
@@ -187,9 +187,15 @@ class Pull:
         if temporary.exists() and not entries.keys() >= {path.name for path in temporary.iterdir()}:
             shutil.rmtree(temporary)
         temporary.mkdir(parents=True, exist_ok=True)
-        for name, entry in entries.items():
-            if not any(self._download(f"{folder}/{name}", temporary / name, entry) for _ in range(_NUM_DOWNLOADS)):
-                return f"{name} is damaged in the mirror (it does not match its checksum)"
+
+        def bring(name: str) -> bool:
+            source, path = f"{folder}/{name}", temporary / name
+            return any(self._download(source, path, entries[name]) for _ in range(_NUM_DOWNLOADS))
+
+        with ThreadPoolExecutor(_NUM_THREADS) as pool:
+            for name, is_whole in zip(entries, pool.map(bring, entries), strict=True):
+                if not is_whole:
+                    return f"{name} is damaged in the mirror (it does not match its checksum)"
         return None
 
     def _download(self, name: str, path: Path, entry: dict[str, Any]) -> bool:

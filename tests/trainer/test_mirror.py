@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -150,6 +151,13 @@ def lose_cursor(folder: Path) -> None:
         path.unlink()
 
 
+def wait_until(condition: Callable[[], bool], seconds: float = 30.0) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
 # ---- order ----------------------------------------------------------------------------------------------------------
 
 
@@ -161,7 +169,7 @@ def test_what_is_proved_comes_before_what_proves_it(tmp_path: Path, url: str, mi
     assert not [name for name in store.names() if ".chunks" in name or name.endswith((".lock", ".tmp"))]
     names, run = store.names(), "trials/s-0"
     order = [
-        "study.yaml", f"{run}/run.json", f"{run}/metrics.0.jsonl",
+        f"{run}/run.json", "study.yaml", f"{run}/metrics.0.jsonl",
         f"{run}/checkpoints/000000000008/rank-00000.safetensors", f"{run}/checkpoints/000000000008/manifest.json",
         f"{run}/exports/000000000008/rank-00000.safetensors", f"{run}/exports/000000000008/manifest.json",
         f"{run}/result.json", "events.jsonl",
@@ -232,9 +240,7 @@ def test_killed_by_9_a_push_goes_on(tmp_path: Path, url: str, mirror: Path) -> N
     add_checkpoint(run, 8, num_files=100, size=1 << 20)
     there = mirror / "checkpoints" / checkpoint_name(8)
     process = subprocess.Popen([sys.executable, "-m", "trainer.mirror", "push", str(run), url], cwd=ROOT)
-    while not (there / "rank-00003.safetensors").exists():
-        assert process.poll() is None
-        time.sleep(0.001)
+    wait_until(lambda: (there / "rank-00003.safetensors").exists())
     process.kill()
     process.wait()
     assert not (there / "manifest.json").exists()
@@ -373,7 +379,7 @@ def test_a_growing_file_is_sent_as_it_was_and_again(
     pushed.one_pass(everything=True)
     assert (mirror / metrics.name).read_text() == '{"nimg": 8}\nnext\n'
     # A large one is sent less often, but before a checkpoint that its records lead up to.
-    monkeypatch.setattr("trainer.mirror_push._SECONDS_PER_BYTE", 100.0)
+    monkeypatch.setattr("trainer.mirror_sender._SECONDS_PER_BYTE", 100.0)
     pushed.one_pass(everything=False)
     assert store.names().count(metrics.name) == 2
     add_checkpoint(run, 8)
@@ -408,11 +414,11 @@ def test_damaged_and_incomplete_checkpoints_are_skipped_and_said(tmp_path: Path,
 def test_an_interrupted_pull_goes_on_within_a_file(tmp_path: Path, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("trainer.mirror_store._BLOCK", 1000)
     run = make_run(tmp_path / "run")
-    add_checkpoint(run, 8, size=10_000)
+    add_checkpoint(run, 8, num_files=1, size=10_000)
     push(run, url)
 
     class Breaking(MirrorStore):
-        left = 14
+        left = 4
         starts: list[int]
 
         def blocks(self, name: str, start: int, stop: int) -> Iterator[bytes]:
@@ -429,7 +435,7 @@ def test_an_interrupted_pull_goes_on_within_a_file(tmp_path: Path, url: str, mon
     assert (back / "run.json").exists()  # so that nobody starts a run afresh here
     assert not (back / "checkpoints" / checkpoint_name(8)).exists()
     pull(url, back, store)
-    assert store.starts == [0, 0, 10_000, 3_000]
+    assert store.starts == [0, 3_000]
     assert tree(back) == tree(run)
 
 
@@ -643,9 +649,7 @@ def test_a_follower_sends_all_when_the_storage_comes_up(
     with serve_s3(port) as endpoint:
         fs = s3fs.S3FileSystem(endpoint_url=endpoint, key="AKIA0123", secret=SECRET, skip_instance_cache=True)
         fs.mkdir("late")
-        while not fs.exists("late/run/checkpoints/000000000008/manifest.json"):
-            fs.invalidate_cache()
-            time.sleep(0.05)
+        wait_until(lambda: fs.find("late/run/checkpoints/000000000008/manifest.json") != [])
         with open(run / "metrics.0.jsonl", "a") as file:
             file.write("last\n")
         child.stop()
@@ -654,6 +658,43 @@ def test_a_follower_sends_all_when_the_storage_comes_up(
     text = warned + capfd.readouterr().err
     assert text.count("warning:") == 2, text  # that it is down, and that it is up
     assert SECRET not in text
+
+
+def test_a_follower_outlives_a_killed_owner_only_to_send_what_is_left(tmp_path: Path, url: str, mirror: Path) -> None:
+    run = make_run(tmp_path / "run")
+    owner = (
+        "import sys, time; from pathlib import Path; from trainer.mirror import MirrorProcess\n"
+        "print(MirrorProcess(Path(sys.argv[1]), sys.argv[2])._process.pid, flush=True); time.sleep(600)"
+    )
+    command = [sys.executable, "-c", owner, str(run), url]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        child = int(process.stdout.readline())
+        wait_until(lambda: (mirror / "metrics.0.jsonl").exists())
+        add_checkpoint(run, 8)
+        process.kill()
+    wait_until(lambda: not Path(f"/proc/{child}").exists() or "Z" in Path(f"/proc/{child}/stat").read_text().split()[2])
+    assert tree(mirror) == tree(run)
+
+
+def test_what_comes_after_a_signal_to_the_whole_job_is_sent(tmp_path: Path, url: str, mirror: Path) -> None:
+    run = make_run(tmp_path / "run")
+    child = MirrorProcess(run, url)
+    wait_until(lambda: (mirror / "metrics.0.jsonl").exists())
+    child._process.send_signal(signal.SIGUSR1)
+    child._process.send_signal(signal.SIGTERM)
+    assert child._process.wait(20) == 3
+    add_checkpoint(run, 8)  # what the run saves before it ends
+    child.stop()
+    assert tree(mirror) == tree(run)
+
+
+def test_a_follower_ends_when_the_run_is_finished(tmp_path: Path, url: str, mirror: Path) -> None:
+    run = make_run(tmp_path / "run")
+    write_json(run / "result.json", {"nimg": 8})
+    child = MirrorProcess(run, url)
+    assert child._process.wait(20) == 0
+    assert tree(mirror) == tree(run)
 
 
 # ---- a real run -----------------------------------------------------------------------------------------------------
