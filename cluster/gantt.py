@@ -43,14 +43,16 @@ def bars(schedule: Schedule, nodes: Mapping[str, Resources]) -> list[Bar]:
     return [bar for node, spans in by_node.items() for bar in _on_node(spans, nodes[node])]
 
 
-def text_chart(schedule: Schedule, nodes: Mapping[str, Resources], trials: Sequence[str]) -> str:
-    """A line for devices that hold the same, or a node where those are too many; a letter a trial, as in `trials`.
+def text_chart(schedule: Schedule, nodes: Mapping[str, Resources], names: Mapping[str, str]) -> str:
+    """A line for devices that hold the same, or a node where those are too many; a letter a name.
 
-    Empty where nodes are too many, too: then a picture says more.
+    `names`: what each trial is called: its own name, or that of its size where trials are many. Empty where nodes are
+    too many, too: then a picture says more.
     """
     if len(nodes) > MOST_LINES or schedule.makespan <= 0:
         return ""
-    letters = dict(zip(trials, _LETTERS, strict=False))
+    by_name = dict(zip(dict.fromkeys(names.values()), _LETTERS, strict=False))
+    letters = {trial: by_name.get(name, _UNNAMED) for trial, name in names.items()}
     drawn = bars(schedule, nodes)
     by_node = {node: [bar for bar in drawn if bar.span.node == node] for node in nodes}
     lines = [line for node, has in nodes.items() for line in _device_lines(node, has, by_node[node], schedule, letters)]
@@ -58,7 +60,7 @@ def text_chart(schedule: Schedule, nodes: Mapping[str, Resources], trials: Seque
         lines = [(node, _row(mine, schedule.makespan, letters)) for node, mine in by_node.items()]
     width = max(len(name) for name, _ in lines)
     rows = [f"  {name:{width}}  {row}" for name, row in lines]
-    return "\n".join([*rows, *_legend(letters, width, drawn, len(trials))])
+    return "\n".join([*rows, *_legend(by_name, width, drawn, _UNNAMED in letters.values())])
 
 
 def _device_lines(
@@ -121,15 +123,15 @@ def _row(found: Sequence[Bar], makespan: float, letters: Mapping[str, str]) -> s
         for bar in found:
             overlap = min(end, bar.span.end) - max(start, bar.span.start)
             if overlap > 0:
-                sign = _EVALUATION if bar.span.kind == "evaluation" else letters.get(bar.trial, _UNNAMED)
+                sign = _EVALUATION if bar.span.kind == "evaluation" else letters[bar.trial]
                 shares[sign] = shares.get(sign, 0.0) + overlap * max(1.0, bar.top - bar.bottom)
         cells.append(max(shares, key=lambda sign: shares[sign]))
     return "".join(cells)
 
 
-def _legend(letters: Mapping[str, str], width: int, drawn: Sequence[Bar], num_trials: int) -> list[str]:
-    parts = [f"{letter} {name}" for name, letter in letters.items()]
-    parts += [f"{_UNNAMED} another trial"] if num_trials > len(letters) else []
+def _legend(by_name: Mapping[str, str], width: int, drawn: Sequence[Bar], is_short: bool) -> list[str]:
+    parts = [f"{letter} {name}" for name, letter in by_name.items()]
+    parts += [f"{_UNNAMED} others"] if is_short else []
     parts += [f"{_EVALUATION} evaluations"] if any(bar.span.kind == "evaluation" for bar in drawn) else []
     lines: list[str] = []
     line = ""

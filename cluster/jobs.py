@@ -35,7 +35,10 @@ class Resources:
         return self.gpus or self.cpus
 
     def __str__(self) -> str:
-        return f"{self.cpus:g} CPUs" + (f" and {self.gpus:g} GPUs" if self.gpus else "")
+        cpus, gpus = (
+            f"{num:g} {kind}" + ("" if num == 1 else "s") for num, kind in ((self.cpus, "CPU"), (self.gpus, "GPU"))
+        )
+        return f"{cpus} and {gpus}" if self.gpus else cpus
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,8 @@ class PlanReport:
         """All of it for the terminal; the chart only for few nodes."""
         points = count(sum(len(trial.export_images) for trial in self.trials), "evaluated point")
         head = f"study {self.study.name}: {count(len(self.trials), 'trial')}, {points}"
-        chart = text_chart(self.schedule, self._devices(), [trial.name for trial in self.trials])
+        names = {trial.name: trial.rung if self._are_many else trial.name for trial in self.trials}
+        chart = text_chart(self.schedule, self._devices(), names)
         parts = [head, self._table(), "\n".join([*self._cost_lines(), *self._schedule_lines()]), chart]
         return "\n\n".join(part for part in parts if part)
 
@@ -105,9 +106,13 @@ class PlanReport:
         needs_gpus = wanted.gpus or wanted.eval_gpus
         return self.nodes if needs_gpus else {node: Resources(has.cpus) for node, has in self.nodes.items()}
 
+    @property
+    def _are_many(self) -> bool:
+        return len(self.trials) > _MOST_ROWS
+
     def _table(self) -> str:
         """A line a trial, or where those are many a line a size."""
-        if len(self.trials) <= _MOST_ROWS:
+        if not self._are_many:
             return format_table(_HEADER, [self._row(trial.name, trial) for trial in self.trials])
         sizes: dict[str, list[Trial]] = {}
         for trial in self.trials:
