@@ -11,9 +11,9 @@ from collections.abc import Mapping, Sequence
 from cluster.driver import Watcher
 from cluster.folder import StudyFolder
 from cluster.jobs import Outcome, Placement, Resources, TrialJob
-from cluster.words import duration
 from cluster.scheduler import Scheduler
 from cluster.troubles import Failure, Retry
+from cluster.words import duration
 
 _LIVE_SECONDS, _LOG_SECONDS = 1.0, 8.0
 

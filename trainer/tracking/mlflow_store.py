@@ -87,11 +87,15 @@ class Tracker:
     def describe(self, run: Run, params: Mapping[str, str], tags: Mapping[str, str]) -> None:
         """Log parameters that are not there yet (they can never be changed) and tags that differ."""
         new_params = [Param(k, v[:_MAX_TEXT]) for k, v in params.items() if k not in run.data.params]
-        new_tags = [RunTag(k, v[:_MAX_TEXT]) for k, v in tags.items() if run.data.tags.get(k) != v[:_MAX_TEXT]]
         for start in range(0, len(new_params), _MAX_TAGS):
             self.client.log_batch(run.info.run_id, params=new_params[start : start + _MAX_TAGS])
-        for start in range(0, len(new_tags), _MAX_TAGS):
-            self.client.log_batch(run.info.run_id, tags=new_tags[start : start + _MAX_TAGS])
+        self.set_tags(run.info.run_id, {k: v for k, v in tags.items() if run.data.tags.get(k) != v[:_MAX_TEXT]})
+
+    def set_tags(self, run_id: str, tags: Mapping[str, str]) -> None:
+        """Set tags of a run, whatever they were before."""
+        new = [RunTag(key, text[:_MAX_TEXT]) for key, text in tags.items()]
+        for start in range(0, len(new), _MAX_TAGS):
+            self.client.log_batch(run_id, tags=new[start : start + _MAX_TAGS])
 
     def send(self, run_id: str, points: Iterable[Point]) -> None:
         """Log points, in their order, in as few calls as MLflow allows."""

@@ -1,7 +1,8 @@
-"""What a study sends beside its runs: its fits, its report, and its experiment's page."""
+"""What a study sends beside its runs: its fits, its report, its experiment's page, and how its trials are doing."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -10,7 +11,9 @@ from data_pipeline.files import write_json
 from trainer.tracking.cursor import Cursor, read_cursor
 from trainer.tracking.mlflow_store import RUN_ID_TAG, Tracker, exclusive
 from trainer.tracking.points import EXPERIMENT_FILE, LawRun, law_points, load_law_runs
+from trainer.tracking.uri import redact
 
+STATUS_FILE, SUMMARY_FILE = "status.json", "summary.txt"  # in a study's folder, where its driver writes them
 STUDY_TAG, KIND_TAG = "study", "kind"
 NOTE_TAG = "mlflow.note.content"
 
@@ -51,10 +54,34 @@ def _send_law(law: LawRun, folder: Path, tracker: Tracker) -> str:
 
 
 def law_files(folder: Path) -> list[tuple[Path, str | None]]:
-    """The files of a `law` folder, with their folders among the artifacts."""
+    """The files of a `law` folder and the study's summary beside it, with their folders among the artifacts."""
+    summary = folder.parent / SUMMARY_FILE
     shown = [path for path in sorted(folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
     places = {path: path.parent.relative_to(folder).as_posix() for path in shown}
-    return [(path, None if place == "." else place) for path, place in places.items()]
+    found = [(path, None if place == "." else place) for path, place in places.items()]
+    return [*found, *([(summary, None)] if summary.exists() else [])]
+
+
+def sync_status(folder: Path, tracker: Tracker, sent: dict[str, dict[str, str]]) -> None:
+    """Send what the study's driver says of its trials (`status.json`: trials: name -> texts) as tags of their runs.
+
+    `sent`: what was sent before, by MLflow's id of the run; only what has changed is sent.
+    """
+    for name, texts in _said_of_trials(folder).items():
+        cursor = read_cursor(folder / "trials" / name / tracker.cursor_name)
+        if cursor is None:  # it has not begun, so there is no run to tag
+            continue
+        before = sent.setdefault(cursor.run, {})
+        changed = {key: text for key, text in texts.items() if before.get(key, "") != text}
+        if changed:
+            tracker.set_tags(cursor.run, {key: redact(text, tracker.uri) for key, text in changed.items()})
+            before |= changed
+
+
+def _said_of_trials(folder: Path) -> dict[str, dict[str, str]]:
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return dict(json.loads((folder / STATUS_FILE).read_text())["trials"])
+    return {}
 
 
 def sync_experiment(folder: Path, tracker: Tracker) -> None:

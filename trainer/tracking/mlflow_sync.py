@@ -28,7 +28,7 @@ from trainer.tracking.mlflow_store import (
     exclusive,
     file_mark,
 )
-from trainer.tracking.mlflow_study import law_files, sync_experiment, sync_law
+from trainer.tracking.mlflow_study import STATUS_FILE, law_files, sync_experiment, sync_law, sync_status
 from trainer.tracking.points import (
     EXPERIMENT_FILE,
     LAW_FILE,
@@ -136,6 +136,8 @@ def sync_folder(folder: Path, tracker: Tracker, seen: dict[Path, Any]) -> bool:
         if seen.get(run) != state:
             sync_run(run, tracker, tags={"trial": run.name} if study else None)
             seen[run] = state
+    if study:
+        sync_status(folder, tracker, seen.setdefault(folder / STATUS_FILE, {}))
     law = folder / "law"
     if (law / LAW_FILE).exists():
         state = [[str(path), *file_mark(path)] for path, _ in law_files(law)]
