@@ -13,22 +13,29 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Iterator, KeysView, Mapping
 from dataclasses import dataclass, field
 
 from cluster.jobs import EvalJob, Job, Outcome, Placement, Resources, Shape, TrialJob
+from cluster.pool import Pool, can_ever_fit
 from cluster.troubles import Failure, Retry, RetryPolicy, Troubles
 
 # What a cluster that has lost devices gets to have them back, before a trial goes on with fewer.
 SHRINK_SECONDS = 120.0
-NOTHING = Resources()
+_OVERDUE = 0.1  # of its expected time: how much longer a job that should have ended is given
 
 
-@dataclass
+@dataclass(eq=False)
 class _Running:
     placement: Placement
     began: float
     ends: float  # expected
+    number: int  # in order of starting
+
+    @property
+    def end(self) -> tuple[float, int]:
+        return self.ends, self.number
 
 
 @dataclass(order=True)
@@ -41,6 +48,7 @@ class _Waiting:
 class _Reservation:
     """Where and when the first job that found no room will fit."""
 
+    key: str
     at: float
     spare: dict[str, Resources]  # by node: what others may still hold then
 
@@ -61,15 +69,17 @@ class Scheduler:
         self._known: set[str] = set()  # evaluations ever added
         self._number = 0
         self._starts: dict[str, int] = {}
+        self._pool = Pool()
         self._running: dict[str, _Running] = {}
-        self._on_node: dict[str, dict[str, _Running]] = {}
-        self._used: dict[str, Resources] = {}
+        self._by_end: list[_Running] = []  # in order of their expected ends
+        self._training: dict[str, None] = {}  # running trials
         self._eval_devices = 0.0
         self._num_trials = 0  # waiting
         self._ending: dict[str, str] = {}  # running jobs that were asked to end, and why
         self._pace = {False: _Pace(), True: _Pace()}  # of trials, of evaluations
         self._impossible: dict[Shape, float] = {}  # since when no set of nodes has had such a one
-        self._settled: Mapping[str, Resources] | None = None  # the nodes for which all that could start has started
+        self._reservation: _Reservation | None = None
+        self._settled = False  # all that can start has started
         self.failures: list[Failure] = []
         self.retries: list[Retry] = []
         self.num_done = 0
@@ -103,8 +113,9 @@ class Scheduler:
         return {key: entry.placement for key, entry in self._running.items()}
 
     @property
-    def running_trials(self) -> list[str]:
-        return [key for key, entry in self._running.items() if isinstance(entry.placement.job, TrialJob)]
+    def running_trials(self) -> KeysView[str]:
+        """A live view."""
+        return self._training.keys()
 
     @property
     def finished(self) -> bool:
@@ -138,33 +149,31 @@ class Scheduler:
             _, _, job = heapq.heappop(self._paused)
             if self._waiting.get(job.key) is job:
                 self._enqueue(job)
-        if self._settled is not None and self._settled == nodes and not self._impossible:
+        if self._pool.set_nodes(nodes):
+            self._settled, self._reservation = False, None
+        if self._settled and not self._impossible:
             return []
-        free = {node: total - self._used.get(node, NOTHING) for node, total in nodes.items()}
-        total = sum(nodes.values(), NOTHING)
-        open_queues = list(self._live_queues())
-        reservation: _Reservation | None = None
         placed: list[Placement] = []
+        open_queues, blocked = list(self._live_queues()), False
         while open_queues:
-            queue = min(open_queues, key=lambda q: self._order(q[0], total))
+            queue = min(open_queues, key=lambda q: self._order(q[0]))
             job = queue[0].job
-            shape = self._usable_shape(job, nodes, now)
-            where = self._room(job, shape, free, reservation, now) if shape else None
+            shape = self._usable_shape(job, now)
+            where = self._room(job, shape, now, behind=blocked) if shape else None
             if shape is None or where is None:
                 open_queues.remove(queue)
-                if shape is not None and reservation is None:
-                    reservation = self._reserve(shape, nodes, now)
+                if shape is not None and not blocked:
+                    self._reserve(job, shape, now)
+                    blocked = True
                 continue
             placed.append(self._start(job, shape, where, now))
-            for node in where:
-                free[node] = free[node] - shape.per_node
-                if reservation and node in reservation.spare and now + self._expected(job, shape) > reservation.at:
-                    reservation.spare[node] = reservation.spare[node] - shape.per_node
             heapq.heappop(queue)
             self._drop_dead(queue)
             if not queue:
                 open_queues.remove(queue)
-        self._settled = dict(nodes)
+        if not blocked:
+            self._reservation = None
+        self._settled = True
         return placed
 
     def ended(
@@ -181,7 +190,7 @@ class Scheduler:
         if outcome.status == "done":
             self.num_done += 1
             self._troubles.forget(job.key)
-            if entry.placement.attempt == 1 and entry.placement.shape == job.shapes[0] and progress == 0:
+            if entry.placement.attempt == 1 and entry.placement.shape == job.shapes[0]:
                 self._pace[isinstance(job, EvalJob)].learn(job.seconds, now - entry.began)
             return None
         if why is not None:
@@ -212,7 +221,7 @@ class Scheduler:
         length = -_about(job.seconds) if isinstance(job, TrialJob) else 0.0
         queue = self._queues.setdefault((isinstance(job, EvalJob), job.shapes), [])
         heapq.heappush(queue, _Waiting((-job.priority, length, self._number), job))
-        self._settled = None
+        self._settled = False
 
     def _forget(self, key: str) -> None:
         """Its entries in heaps are skipped later."""
@@ -228,24 +237,24 @@ class Scheduler:
             if queue:
                 yield queue
 
-    def _order(self, head: _Waiting, total: Resources) -> tuple[float, ...]:
+    def _order(self, head: _Waiting) -> tuple[float, ...]:
         job, (priority, *rest) = head.job, head.rank
         if isinstance(job, TrialJob):
             return (priority, 1, *rest)
         need = job.shapes[0].total
-        most = self._eval_share * (total.gpus if need.gpus else total.cpus)
+        most = self._eval_share * (self._pool.total.gpus if need.gpus else self._pool.total.cpus)
         within = self._eval_devices == 0 or self._eval_devices + need.devices <= most + 1e-9
         return (priority, 0 if within else 2, *rest)
 
     # ---- nodes --------------------------------------------------------------------------------------------------
 
-    def _usable_shape(self, job: Job, nodes: Mapping[str, Resources], now: float) -> Shape | None:
+    def _usable_shape(self, job: Job, now: float) -> Shape | None:
         """The first of the job's shapes that the cluster can hold when it is empty.
 
         One after the first only when the cluster has been too small for those before it for a while.
         """
         for shape in job.shapes:
-            if can_ever_fit(shape, nodes):
+            if self._pool.could_hold(shape):
                 self._impossible.pop(shape, None)
                 return shape
             since = self._impossible.setdefault(shape, now)
@@ -253,60 +262,76 @@ class Scheduler:
                 return None
         return None
 
-    def _room(
-        self, job: Job, shape: Shape, free: Mapping[str, Resources], reservation: _Reservation | None, now: float
-    ) -> tuple[str, ...] | None:
-        """The nodes to start it on: those that it fills best."""
-        fitting = [node for node, left in free.items() if shape.per_node.fits_in(left)]
-        if reservation is not None and now + self._expected(job, shape) > reservation.at:
-            spare = reservation.spare
-            fitting = [node for node in fitting if node not in spare or shape.per_node.fits_in(spare[node])]
-        if len(fitting) < shape.num_nodes:
-            return None
-        tightest = heapq.nsmallest(shape.num_nodes, fitting, key=lambda node: (free[node].gpus, free[node].cpus))
-        return tuple(tightest)
+    def _room(self, job: Job, shape: Shape, now: float, *, behind: bool) -> tuple[str, ...] | None:
+        """The nodes to start it on. `behind`: it may not delay the job that has the reservation."""
+        reservation = self._reservation
+        if not behind or reservation is None or now + self._expected(job, shape) <= reservation.at:
+            return self._pool.find(shape)
+        spare = reservation.spare
+        return self._pool.find(shape, lambda node: node not in spare or shape.per_node.fits_in(spare[node]))
 
-    def _reserve(self, shape: Shape, nodes: Mapping[str, Resources], now: float) -> _Reservation:
-        """The nodes on which so much becomes free soonest, as far as ends can be foreseen."""
-        moments: list[tuple[float, str]] = []
-        for node, total in nodes.items():
-            free = total - self._used.get(node, NOTHING)
-            when = now
-            for entry in sorted(self._on_node.get(node, {}).values(), key=lambda e: e.ends):
-                if shape.per_node.fits_in(free):
-                    break
-                free, when = free + entry.placement.shape.per_node, max(now, entry.ends)
-            if shape.per_node.fits_in(free):
-                moments.append((when, node))
-        chosen = heapq.nsmallest(shape.num_nodes, moments)
-        at = chosen[-1][0] if chosen else now
-        spare = {}
-        for _, node in chosen:
-            busy = [e.placement.shape.per_node for e in self._on_node.get(node, {}).values() if e.ends > at]
-            spare[node] = nodes[node] - sum(busy, NOTHING) - shape.per_node
-        return _Reservation(at, spare)
+    def _reserve(self, job: Job, shape: Shape, now: float) -> None:
+        """Find the nodes on which so much becomes free soonest, as far as ends can be foreseen, and when.
+
+        What was reserved stays so until then: a nearer end elsewhere lets the job start sooner anyway.
+        """
+        if self._reservation is not None and self._reservation.key == job.key and self._reservation.at > now:
+            return
+        self._delay_the_overdue(now)
+        free: dict[str, Resources] = {}
+        chosen = {node: None for node in self._pool.nodes if shape.per_node.fits_in(self._pool.free(node))}
+        at, later = now, iter(self._by_end)
+        while len(chosen) < shape.num_nodes and (entry := next(later, None)) is not None:
+            for node in entry.placement.nodes:
+                if node in self._pool.nodes and node not in chosen:
+                    free[node] = free.get(node, self._pool.free(node)) + entry.placement.shape.per_node
+                    if shape.per_node.fits_in(free[node]):
+                        chosen[node], at = None, entry.ends
+        nodes = list(chosen)[-shape.num_nodes :]
+        self._reservation = _Reservation(
+            job.key, at, {node: free.get(node, self._pool.free(node)) - shape.per_node for node in nodes}
+        )
+
+    def _delay_the_overdue(self, now: float) -> None:
+        """Nobody knows when a job that should have ended will; soon is a better guess than now."""
+        overdue: list[_Running] = []
+        for entry in self._by_end:
+            if entry.ends > now:
+                break
+            overdue.append(entry)
+        del self._by_end[: len(overdue)]
+        for entry in overdue:
+            entry.ends = now + max(1.0, _OVERDUE * (entry.ends - entry.began))
+            insort(self._by_end, entry, key=lambda e: e.end)
 
     def _start(self, job: Job, shape: Shape, where: tuple[str, ...], now: float) -> Placement:
         self._forget(job.key)
         attempt = self._starts[job.key] = self._starts.get(job.key, 0) + 1
         placement = Placement(job, shape, where, attempt)
-        entry = self._running[job.key] = _Running(placement, now, now + self._expected(job, shape))
+        self._number += 1
+        entry = self._running[job.key] = _Running(placement, now, now + self._expected(job, shape), self._number)
+        insort(self._by_end, entry, key=lambda e: e.end)
         for node in where:
-            self._on_node.setdefault(node, {})[job.key] = entry
-            self._used[node] = self._used.get(node, NOTHING) + shape.per_node
-        self._eval_devices += shape.total.devices if isinstance(job, EvalJob) else 0.0
+            self._pool.take(node, job.key, shape.per_node)
+            reservation = self._reservation
+            if reservation is not None and node in reservation.spare and entry.ends > reservation.at:
+                reservation.spare[node] = reservation.spare[node] - shape.per_node
+        if isinstance(job, EvalJob):
+            self._eval_devices += shape.total.devices
+        else:
+            self._training[job.key] = None
         return placement
 
     def _leave(self, key: str) -> _Running:
         entry = self._running.pop(key)
-        shape = entry.placement.shape
+        del self._by_end[bisect_left(self._by_end, entry.end, key=lambda e: e.end)]
         for node in entry.placement.nodes:
-            del self._on_node[node][key]
-            # Nothing left is exactly nothing, whatever was added and taken away.
-            self._used[node] = self._used[node] - shape.per_node if self._on_node[node] else NOTHING
+            self._pool.give(node, key)
         if isinstance(entry.placement.job, EvalJob):
-            self._eval_devices = max(0.0, self._eval_devices - shape.total.devices)
-        self._settled = None
+            self._eval_devices = max(0.0, self._eval_devices - entry.placement.shape.total.devices)
+        else:
+            del self._training[key]
+        self._settled = False
         return entry
 
     def _expected(self, job: Job, shape: Shape) -> float:
@@ -326,16 +351,6 @@ class _Pace:
     @property
     def factor(self) -> float:
         return self._measured / self._expected if self._expected and self._measured else 1.0
-
-
-def can_ever_fit(shape: Shape, nodes: Mapping[str, Resources]) -> bool:
-    """Are there nodes enough of that size, were they empty?"""
-    found = 0
-    for total in nodes.values():
-        found += shape.per_node.fits_in(total)
-        if found >= shape.num_nodes:
-            return True
-    return False
 
 
 def first_that_never_fits(jobs: Iterable[Job], nodes: Mapping[str, Resources]) -> Job | None:

@@ -10,7 +10,8 @@ from typing import Literal
 
 from cluster.driver import Watcher, run_jobs, waiting_trials
 from cluster.jobs import Changes, EvalJob, Job, Outcome, Placement, Resources, Shape, Status, TrialJob
-from cluster.scheduler import NOTHING, Scheduler
+from cluster.pool import NOTHING
+from cluster.scheduler import Scheduler
 
 
 @dataclass(frozen=True)
