@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from cluster.display import Display
 from cluster.driver import Summary, Watcher, is_complete, run_jobs, waiting_trials
 from cluster.edits import Edits
+from cluster.fits import check_fits_memory, check_fits_storage
 from cluster.folder import StudyFolder, requests
 from cluster.heartbeat import heartbeat
 from cluster.jobs import Resources, TrialJob
@@ -97,6 +98,10 @@ def _run_missing(folder: StudyFolder, edits: Edits, jobs: list[TrialJob], addres
             experiment = study.tracking.experiment or study.name
             sync = SyncProcess(folder.path, uri=study.tracking.uri, experiment=experiment)
             stack.callback(sync.stop)
+        if study.mirror is not None:
+            from trainer.mirror import MirrorProcess
+
+            stack.callback(MirrorProcess(folder.path, study.mirror).stop)
         grows = study.cluster is not None and study.cluster.autoscale
         allow_skew = study.cluster is not None and study.cluster.allow_skew
         with heartbeat("starting Ray"):
@@ -122,9 +127,17 @@ def _preflight(folder: StudyFolder) -> None:
     from data_pipeline.dataset import ShardDataset
     from evaluation.features import get_feature_net
 
-    for path in data_folders(folder.study, list(folder.trials.values())):
+    trials = list(folder.trials.values())
+    check_fits_memory(folder.study, trials)
+    try:
+        check_fits_storage(folder.study, trials, folder.path)
+    except UserError as error:
+        if not any(folder.progress(trial.name) for trial in trials):
+            raise
+        print(f"warning: {error} What finds no space will wait for it.", flush=True)  # it may be full for now only
+    for path in data_folders(folder.study, trials):
         ShardDataset(path)
-    for trial in folder.trials.values():
+    for trial in trials:
         for request in requests(folder.study, trial, trial.total_images):
             request.check()
             request.check_data()

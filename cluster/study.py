@@ -18,7 +18,9 @@ runs, its study file may be edited (sizes and seeds added, priorities changed), 
 from __future__ import annotations
 
 import argparse
+import json
 import os
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -67,9 +69,16 @@ def _run(args: argparse.Namespace, folder: StudyFolder, file: Path) -> int:
 
 
 def _plan(args: argparse.Namespace, folder: StudyFolder) -> int:
-    from cluster.plan import plan_text
+    from cluster.fits import check_fits_storage
+    from cluster.plan import plan_report
 
-    print(plan_text(folder.study, list(folder.trials.values())))
+    trials = list(folder.trials.values())
+    report = plan_report(folder.study, trials)
+    check_fits_storage(folder.study, trials, folder.path)
+    print(json.dumps(report.to_json(), indent=2) if args.json else report.text())
+    if args.figure is not None:
+        report.figure(args.figure)
+        print(f"figure: {args.figure}", file=sys.stderr)
     return 0
 
 

@@ -114,7 +114,9 @@ class EvalWorker:
         return Ended("done")
 
 
-_STATUS: dict[int, Status] = {USER_ERROR_EXIT: "user_error", Exit.NO_SPACE: "no_space"}
+_STATUS: dict[int, Status] = {
+    USER_ERROR_EXIT: "user_error", Exit.DIVERGED: "diverged", Exit.NO_SPACE: "no_space",
+}  # fmt: skip
 
 
 def _ended(error: UserError) -> Ended:

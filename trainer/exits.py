@@ -38,6 +38,12 @@ class BusyError(UserError):
     exit_code = Exit.BUSY
 
 
+class WorkerDiedError(UserError):
+    """A process that made batches died: killed, or out of shared memory."""
+
+    exit_code = Exit.LOST
+
+
 class OutOfMemoryError(UserError):
     """An allocation failed on this process, on its device or in its host's memory."""
 

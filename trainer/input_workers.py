@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from torch.utils.data import DataLoader, Dataset
 
 from data_pipeline.errors import UserError
+from trainer.exits import WorkerDiedError
 from trainer.step_inputs import StepInputs
 
 
@@ -36,7 +37,8 @@ class WorkerSteps:
     At most max(prefetch, num_workers) items are made ahead. `wait_seconds` is the time the consumer has spent waiting.
 
     Raises:
-        UserError, OSError: what `make` raised, where its item would have come; or a worker died.
+        UserError, OSError: what `make` raised, where its item would have come.
+        WorkerDiedError: a worker died.
     """
 
     def __init__(
@@ -69,7 +71,7 @@ class WorkerSteps:
         try:
             item: StepInputs | UserError | OSError = next(self._items)
         except RuntimeError as error:
-            raise UserError(
+            raise WorkerDiedError(
                 f"a data worker died: {error}. With data.num_workers={self._num_workers} each holds some batches in "
                 "shared memory (/dev/shm; docker run --shm-size): give it more, or take fewer workers."
             ) from None

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from data_pipeline.counter_rng import Stream, normal
 from data_pipeline.dataset import ShardDataset
-from data_pipeline.errors import UserError
 from evaluation.chunks import Advance, Arrays, Chunks, concatenated, cut
 from evaluation.nll.plan import Plan
 from trainer.diffusion.gaussian import Denoiser, GaussianDiffusion
+from trainer.exits import DivergedError
 
 # Labels [n] of the dataset's samples -> the denoiser that knows them (unconditional nets ignore them).
 Conditioner = Callable[[NDArray[np.int64]], Denoiser]
@@ -58,7 +58,7 @@ class NetworkTerms:
     def __call__(self, plan: Plan, kind: str, final: bool = False) -> Terms:
         """The terms of all calls; `kind` names their chunks, and with `final` the job ends with them.
 
-        Raises UserError for a term that is not finite, FinishedElsewhere as `Chunks.results` does.
+        Raises DivergedError for a term that is not finite, FinishedElsewhere as `Chunks.results` does.
         """
         parts = cut(len(plan), BATCH)
         return Terms(**concatenated(self.stream(len(parts), lambda number: plan.part(parts[number]), kind, final)))
@@ -108,7 +108,7 @@ class NetworkTerms:
         arrays = {name: _float32(values) for name, values in terms.items()}
         finite = np.isfinite(arrays["bits"])
         if not finite.all():
-            raise UserError(
+            raise DivergedError(
                 f"the bound of this network is not finite at t={plan.t[~finite][0]}: its training has diverged, "
                 "or has hardly begun. Evaluate another export."
             )
