@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from cluster.ladder import Ladder
 from data_pipeline.errors import ConfigError
 from trainer.config import Place, SamplingConfig, Section, merge, parse_overrides, read_tree, validate
+from trainer.mirror_store import shown, url_problem
 
 
 class ExtraTrial(Section):
@@ -189,7 +190,7 @@ class StudyConfig(Section):
     cluster: ClusterConfig | None = None
     early_stop: EarlyStop | None = EarlyStop()
     retry: RetryConfig = RetryConfig()
-    mirror: Place | None = None  # folder or URL, such as s3://BUCKET/PATH, that the study's files are copied to
+    mirror: Place | None = None  # URL, such as s3://BUCKET/FOLDER, of a copy of the study's folder in object storage
     tracking: StudyTracking = StudyTracking()
 
     @model_validator(mode="after")
@@ -197,6 +198,14 @@ class StudyConfig(Section):
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds={list(self.seeds)} names a seed twice")
         return self
+
+    @field_validator("mirror")
+    @classmethod
+    def _can_be_a_mirror(cls, value: str | None) -> str | None:
+        problem = url_problem(value) if value is not None else None
+        if problem:
+            raise ValueError(f"mirror={shown(value or '')}: {problem}")
+        return value
 
 
 def load_study(path: Path, overrides: Sequence[str] = ()) -> StudyConfig:

@@ -111,6 +111,8 @@ def test_studies_inherit(study_file: Path, tmp_path: Path) -> None:
         ("resources.min_processes=3", ["resources.min_processes=3", "use one of [1]"]),
         ("retry.longest_pause=1", ["retry.longest_pause=1", "retry.first_pause=5"]),
         ("early_stop.loss_factor=1", ["early_stop.loss_factor=1"]),
+        ("mirror=backup", ["mirror=backup", "s3://bucket/folder"]),
+        ("mirror=s3://me:secret@host/bucket", ["a password", "environment"]),
         ("cluster={nodes: 2}", ["cluster.cpus: missing"]),
         ("device.memory_gb=0", ["device.memory_gb=0"]),
     ],
