@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cluster.costs import trial_disk, trial_memory
 from cluster.jobs import Resources, Shape
-from cluster.scheduler import can_ever_fit
+from cluster.pool import can_ever_fit
 from cluster.shapes import eval_shape, trial_shapes
 from cluster.spec import StudyConfig
 from cluster.trials import Trial

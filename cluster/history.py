@@ -9,9 +9,11 @@ from typing import Literal
 
 from cluster.jobs import Resources
 from cluster.journal import Event
-from cluster.scheduler import NOTHING
+from cluster.pool import NOTHING
 
-CUT_OFF = "cut off"  # the status of what ran when the driver ended
+CUT_OFF = "cut off"  # the status of what ran when the driver was killed, ...
+PAUSED = "paused"  # ... and when it ended by itself: trials had saved
+WELL = ("done", PAUSED)
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,8 @@ def _add_life(history: History, life: Sequence[Event], seen: float | None) -> No
                 history.retries.append(event)
             case "failure":
                 history.failures.append(event)
-    history.starts += [replace(start, end=end + shift) for start in running.values()]
+    status = CUT_OFF if killed else PAUSED
+    history.starts += [replace(start, end=end + shift, status=status) for start in running.values()]
     history.stays += [replace(stay, end=end + shift) for stay in there.values()]
     history.num_lives += 1
     history.num_killed += killed
@@ -146,5 +149,5 @@ def _add_life(history: History, life: Sequence[Event], seen: float | None) -> No
 def _start(event: Event, now: float) -> Start:
     per_node = Resources(event["cpus"], event["gpus"])
     return Start(
-        event["key"], event["kind"], tuple(event["nodes"]), event["processes"], per_node, now, now, CUT_OFF, None, ""
+        event["key"], event["kind"], tuple(event["nodes"]), event["processes"], per_node, now, now, "running", None, ""
     )

@@ -29,8 +29,9 @@ from cluster.folder import StudyFolder
 from cluster.jobs import Outcome, Placement, Resources, TrialJob
 from cluster.journal import EVENTS, Event, read_events
 from cluster.names import NodeNames
+from cluster.pool import NOTHING
 from cluster.ranks import started_at
-from cluster.scheduler import NOTHING, Scheduler
+from cluster.scheduler import Scheduler
 from cluster.troubles import Failure, Retry
 from cluster.verdicts import read_verdict
 from data_pipeline.files import write_json
