@@ -2,27 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 
 from cluster.driver import Watcher
 from cluster.folder import StudyFolder
 from cluster.jobs import Outcome, Placement, Resources, TrialJob
+from cluster.names import NodeNames
 from cluster.scheduler import Scheduler
 from cluster.troubles import Failure, Retry
-from cluster.words import duration
+from cluster.words import count, duration
+from data_pipeline.errors import DataError
+from trainer.tracking.records import read_result
 
 _LIVE_SECONDS, _LOG_SECONDS = 1.0, 8.0
+_LOG_WIDTH = 400  # of a line where there is no terminal
 
 
 class Display(Watcher):
     """Prints the study's progress: a live line on a terminal, plain lines elsewhere."""
 
-    def __init__(self, folder: StudyFolder) -> None:
-        self._folder = folder
+    def __init__(self, folder: StudyFolder, names: NodeNames) -> None:
+        self._folder, self._names = folder, names
         self._began = time.monotonic()
         self._next = 0.0
         self._live = sys.stdout.isatty()
@@ -32,31 +36,28 @@ class Display(Watcher):
         job = placement.job
         self._starts[job.key] = time.monotonic()
         if isinstance(job, TrialJob):
-            trial, record = self._folder.trials[job.key], self._folder.last_record(job.key)
+            record = self._folder.last_record(job.key)
             since = f" from {record.nimg:,} images" if record else ""
-            self.say(f"training   {trial.label:8} seed {trial.seed}: {trial.total_images:,} images{since}")
+            again = f", start {placement.attempt}" if placement.attempt > 1 else ""
+            total = self._folder.trials[job.key].total_images
+            self.say(f"training   {self._size(job.key)}: {total:,} images{since}{self._where(placement)}{again}")
 
     def ended(self, outcome: Outcome, verdict: Retry | Failure | None) -> None:
         job = outcome.job
         seconds = duration(time.monotonic() - self._starts.pop(job.key, time.monotonic()))
+        how = outcome.status.replace("_", " ")
         if isinstance(verdict, Retry):
-            self.say(
-                f"warning: {job.key} failed ({verdict.message}); attempt {verdict.attempt + 1} in {verdict.pause:g} s"
-            )
+            self.say(f"warning: {job.key}: {how} ({verdict.message}); tried again in {verdict.pause:g} s")
         elif isinstance(verdict, Failure):
-            how = f"failed {verdict.attempts} times, given up" if verdict.state == "failed" else verdict.state
-            self.say(f"{'error' if verdict.state == 'failed' else 'warning'}: {job.key} {how}: {verdict.message}")
+            kind = "error" if verdict.state == "failed" else "warning"
+            after = f" after {count(verdict.attempts, 'start')}, given up" if verdict.state == "failed" else ""
+            self.say(f"{kind}: {job.key} {verdict.state}{after}: {verdict.message}")
         elif isinstance(job, TrialJob):
-            self.say(f"trained    {self._folder.trials[job.key].label:8} in {seconds}")
+            self.say(f"trained    {self._size(job.key)} in {seconds}")
         elif job.shard[0] == 0:  # which writes the result of all shards
-            found = json.loads(job.out.read_text())["records"]
-            values = ", ".join(
-                f"{r['metric']} {r['split']} {r['value']:.4g}" + (f" ± {r['stderr']:.2g}" if r["stderr"] else "")
-                for r in found
-            )
             self.say(
-                f"evaluated  {self._folder.trials[job.trial].label:8} at {job.nimg:>9,} images in {seconds}: {values}"
-            )
+                f"evaluated  {self._size(job.trial)} at {job.nimg:>9,} images in {seconds}: {_values(job.out)}"
+            )  # fmt: skip
 
     def nodes(self, joined: Sequence[str], lost: Sequence[str]) -> None:
         for names, what in ((joined, "joined"), (lost, "lost")):
@@ -71,14 +72,17 @@ class Display(Watcher):
         if now < self._next:
             return
         self._next = now + (_LIVE_SECONDS if self._live else _LOG_SECONDS)
-        running = [self._trial(key) for key in scheduler.running_trials]
-        evaluating = len(scheduler.running) - len(running)
+        running, num = scheduler.running, len(scheduler.running_trials)
         trials, evaluations = scheduler.num_waiting
-        counts = f"{evaluating} evaluating, waiting: {trials} trials, {evaluations} evaluations"
-        line = " | ".join([duration(now - self._began), *running, counts])
+        head = (
+            f"{duration(now - self._began)} | {num} training, {len(running) - num} evaluating, "
+            f"waiting: {count(trials, 'trial')}, {count(evaluations, 'evaluation')}"
+        )
+        parts = (self._trial(running[name], several=len(nodes) > 1) for name in scheduler.running_trials)
+        width = shutil.get_terminal_size().columns - 1 if self._live else _LOG_WIDTH
+        line = fitted(head, parts, num, width)
         if self._live:
-            width = shutil.get_terminal_size().columns - 1
-            print(f"\r\x1b[K{line[:width]}", end="", flush=True)
+            print(f"\r\x1b[K{line}", end="", flush=True)
         else:
             print(line, flush=True)
 
@@ -90,13 +94,47 @@ class Display(Watcher):
         if self._live:
             print("\r\x1b[K", end="", flush=True)
 
-    def _trial(self, name: str) -> str:
+    def _size(self, name: str) -> str:
+        trial = self._folder.trials[name]
+        return f"{trial.label:8} seed {trial.seed}" if len(self._folder.study.seeds) > 1 else f"{trial.label:8}"
+
+    def _where(self, placement: Placement) -> str:
+        return f" on {', '.join(map(self._names, placement.nodes))}"
+
+    def _trial(self, placement: Placement, *, several: bool) -> str:
+        """Of one that trains; `several`: there are other nodes where it could be."""
+        name = placement.job.key
         trial, record = self._folder.trials[name], self._folder.last_record(name)
+        rest = (self._where(placement) if several else "") + (
+            f", start {placement.attempt}" if placement.attempt > 1 else "")  # fmt: skip
+        size = " ".join(self._size(name).split())
         if record is None:
-            return f"{trial.label} starting"
+            return f"{size} starting{rest}"
         speed = record.values.get("speed/img_per_second", 0.0)
-        left = (trial.total_images - record.nimg) / speed if speed else 0.0
+        left = duration((trial.total_images - record.nimg) / speed) if speed else "?"
         return (
-            f"{trial.label} {record.nimg:,}/{trial.total_images:,} img {record.nimg / trial.total_images:.0%} "
-            f"{speed:,.0f} img/s ETA {duration(left)} loss {record.values.get('train/loss', float('nan')):.3f}"
+            f"{size} {record.nimg:,}/{trial.total_images:,} img {record.nimg / trial.total_images:.0%} "
+            f"{speed:,.0f} img/s ETA {left} loss {record.values.get('train/loss', float('nan')):.3f}{rest}"
         )
+
+
+def fitted(head: str, parts: Iterable[str], num: int, width: int) -> str:
+    """`head | part | part | +3 more`: as many of the `num` parts as `width` columns hold. No more are asked for."""
+    line = head
+    for left, part in zip(range(num, 0, -1), parts, strict=False):
+        more = f" | +{left - 1} more" if left > 1 else ""
+        if len(line) + 3 + len(part) + len(more) > width:
+            return f"{line} | +{left} more"[:width]
+        line += f" | {part}"
+    return line[:width]
+
+
+def _values(out: Path) -> str:
+    """An evaluation's results in a line."""
+    try:
+        records = read_result(out)
+    except (OSError, DataError):  # written elsewhere, and not to be seen here yet
+        return f"see {out}"
+    return ", ".join(
+        f"{r.metric} {r.split} {r.value:.4g}" + (f" ± {r.stderr:.2g}" if r.stderr else "") for r in records
+    )

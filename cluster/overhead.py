@@ -4,7 +4,7 @@ Device time counts GPUs, or CPUs where a job has none. Of what finished trials a
 
     own work   is what trials trained, as their result files say, and evaluations from their first work on
     start-up   is the time from the decision to start a job to its first step
-    repeated   is what trials and evaluations held beyond that because they were started more than once
+    repeated   is what trials and evaluations held beyond that where a start of theirs did not end well
     the rest   is what orchestration adds: noticing an end, ending processes
 """
 
@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from cluster.folder import StudyFolder
-from cluster.history import History, Start
+from cluster.history import WELL, History, Start
 from cluster.jobs import EvalJob, Shape, TrialJob
 from cluster.simulate import SimulatedTrial, lower_bound, simulated_eval
 
@@ -51,7 +51,8 @@ def _job_time(folder: StudyFolder, starts: Sequence[Start]) -> DeviceTime:
     held = sum(start.seconds * start.held.devices for start in starts)
     startup = sum((start.startup or 0.0) * start.held.devices for start in starts)
     own = min(own_seconds(folder, last) * last.held.devices, held - startup)  # it may have begun before the journal
-    repeated = max(0.0, held - own - startup) if len(starts) > 1 else 0.0
+    disturbed = any(start.status not in WELL for start in starts)
+    repeated = max(0.0, held - own - startup) if disturbed else 0.0
     return DeviceTime(held, own, startup, repeated)
 
 

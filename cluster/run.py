@@ -20,6 +20,7 @@ from cluster.names import NodeNames
 from cluster.scheduler import Scheduler
 from cluster.spec import StudyConfig
 from cluster.status import StatusFile
+from cluster.summary import write_summary
 from cluster.trials import data_folders
 from cluster.troubles import RetryPolicy
 from data_pipeline.errors import INTERRUPTED_EXIT, UserError
@@ -50,15 +51,15 @@ def run_study(folder: StudyFolder, edits: Edits, *, address: str | None, command
 
 
 def show_report(folder: StudyFolder) -> None:
-    """Write the laws, send them to MLflow, and print them; the last lines say where to look.
+    """Write the laws and how the study went, send them to MLflow, and print them; the last lines say where to look.
 
     Raises UserError for a study of which nothing has been evaluated.
     """
     if not any(folder.current_records(name) for name in folder.trials):
+        print(write_summary(folder), flush=True)
         raise UserError(f"{folder.path} holds no evaluation yet, so there is nothing to report; run the study first.")
     with heartbeat("fitting the laws"):
         from cluster.report import write_report
-        from cluster.summary import write_summary
         from cluster.tracking import send_report
 
         report = write_report(folder)
@@ -87,7 +88,6 @@ def _run_missing(folder: StudyFolder, edits: Edits, jobs: list[TrialJob], addres
     waiting = waiting_trials(jobs, folder)
     retry = RetryPolicy(**study.retry.model_dump())
     scheduler = Scheduler(waiting, retry=retry, eval_share=study.resources.eval_share)
-    display = Display(folder)
     folder.look_for_changes = edits.look
     stop = _StopSignal()
     where = "on this machine" if address is None else f"at {address}"
@@ -108,9 +108,10 @@ def _run_missing(folder: StudyFolder, edits: Edits, jobs: list[TrialJob], addres
             backend = RayBackend(address, grows=grows, allow_skew=allow_skew)
         stop.listen()  # after Ray, which sets handlers of its own
         stack.callback(backend.close)
-        stack.callback(display.end)
         names = NodeNames(backend)
+        display = Display(folder, names)
         journal, status = Journal(folder.path, names), StatusFile(folder, names, address)
+        stack.callback(display.end)
         stack.callback(status.end)
         watchers: list[Watcher] = [display, journal, status]
         note = stack.enter_context(journal.life(study.name, address))

@@ -10,7 +10,7 @@ from collections import Counter
 from pathlib import Path
 
 from cluster.folder import StudyFolder
-from cluster.history import CUT_OFF, History, Start, read_history
+from cluster.history import CUT_OFF, WELL, History, Start, read_history
 from cluster.jobs import Resources
 from cluster.journal import EVENTS, read_events
 from cluster.overhead import bound, device_time
@@ -24,18 +24,24 @@ PROMISED_STARTUP = 10.0  # seconds
 _MOST_ROWS = 40
 _KINDS = {
     "lost": "node or worker lost", "stopped": "taken away", "out_of_memory": "out of memory", "no_space": "no space",
-    CUT_OFF: "driver ended", "user_error": "mistake",
+    CUT_OFF: "cut off with the driver", "user_error": "mistake",
 }  # fmt: skip
 
 
 def write_summary(folder: StudyFolder) -> str:
-    """Write STUDY/summary.txt and STUDY/law/schedule.png. Returns the text; empty where nothing ran."""
+    """Write STUDY/summary.txt and STUDY/law/schedule.png, and add the text to the laws' report, which is to be there.
+
+    Returns the text; empty where nothing ran.
+    """
     last_seen = read_status(folder.path).get("driver", {}).get("now")
     history = read_history(read_events(folder.path / EVENTS), last_seen)
     if not history.starts:
         return ""
     text = summary_text(folder, history)
     write_atomic(folder.path / SUMMARY, text + "\n")
+    report = folder.law / "report.txt"
+    if report.exists():
+        write_atomic(report, f"{report.read_text()}\n\n{text}\n")
     draw_history(folder, history, folder.law / FIGURE)
     return text
 
@@ -85,7 +91,7 @@ def _what_happened(history: History) -> str:
     parts = [f"{lives}, {duration(history.makespan)} in all"]
     if history.nodes_lost:
         parts.append(f"{count(len(history.nodes_lost), 'node')} lost")
-    kinds = Counter(_kind(start.status) for start in history.starts if start.status not in ("done", "diverged"))
+    kinds = Counter(_kind(start.status) for start in history.starts if start.status not in (*WELL, "diverged"))
     ended = ", ".join(f"{num} {kind}" for kind, num in kinds.most_common())
     parts.append(f"starts of jobs that did not end well: {ended}" if ended else "nothing had to be tried again")
     return "the run:     " + "; ".join(parts)
@@ -124,7 +130,7 @@ def _use_lines(folder: StudyFolder, history: History) -> list[str]:
 
 def _row(history: History, starts: list[Start]) -> tuple[str, ...] | None:
     """Of a job that did not end well at its first start."""
-    bad = [start for start in starts if start.status != "done"]
+    bad = [start for start in starts if start.status not in WELL]
     if not bad:
         return None
     key = starts[0].key
@@ -140,7 +146,7 @@ def _row(history: History, starts: list[Start]) -> tuple[str, ...] | None:
 
 
 def _in_a_line(history: History) -> str:
-    bad = sum(start.status != "done" for start in history.starts)
+    bad = sum(start.status not in WELL for start in history.starts)
     again = f", {count(bad, 'start')} cut short" if bad else ""
     return f"{duration(history.makespan)}, {count(history.num_lives, 'driver')}{again}"
 

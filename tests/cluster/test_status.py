@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import threading
 import time
@@ -15,10 +16,12 @@ import pytest
 from watched_study import BEGAN, LARGE, SMALL, Drive, make_folder, train
 
 from cluster import status as status_module
+from cluster.display import Display, fitted
 from cluster.driver import Watcher
 from cluster.folder import StudyFolder
 from cluster.jobs import Resources, Status
 from cluster.logs import show_logs
+from cluster.names import NodeNames
 from cluster.scheduler import Scheduler
 from cluster.simulate import NodeEvent
 from cluster.status import STATUS, read_status
@@ -197,6 +200,35 @@ def test_watching_ends_when_all_is_done(folder: StudyFolder, capsys: pytest.Capt
         train(folder, trial, 64, done=True)
     watch(folder)
     assert "2 trials (2 complete)" in capsys.readouterr().out
+
+
+def test_the_live_line_shows_what_fits() -> None:
+    parts = ["first trial", "second trial", "third trial"]
+    assert fitted("head", parts, 3, 80) == "head | first trial | second trial | third trial"
+    assert fitted("head", parts, 3, 46) == "head | first trial | second trial | +1 more"
+    assert fitted("head", parts, 3, 30) == "head | first trial | +2 more"
+    assert fitted("head", parts, 3, 10) == "head | +3 "
+    assert fitted("head", [], 0, 80) == "head"
+    thousand = iter(str(i) for i in range(1000))
+    assert fitted("head", thousand, 1000, 24) == "head | 0 | 1 | +998 more"
+    assert next(thousand) == "3"  # files are read for what is shown, and for one more
+
+
+def test_the_display_tells_where_trials_train_and_what_went_wrong(
+    folder: StudyFolder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cluster.display._LOG_SECONDS", 0.0)
+    drive = Drive(folder, {(SMALL, 1): "lost", (LARGE, 1): "failed", (LARGE, 2): "failed"})
+    train(folder, SMALL, 32)
+    drive.run(Display(folder, NodeNames(drive.world)))
+    printed = capsys.readouterr().out
+    (where,) = re.findall(r"training   C=4     : 64 images from 32 images on (n1|n2)\n", printed)
+    progress = f"C=4 32/64 img 50% 8 img/s ETA 0:04 loss 0.500 on {where}"
+    assert "2 training, 0 evaluating, waiting: 0 trials, 0 evaluations | C=" in printed
+    assert progress in printed
+    assert f"warning: {SMALL}: lost (simulated lost); tried again in 5 s" in printed
+    assert re.search(r"training   C=4     : 64 images from 32 images on n., start 2\n", printed)
+    assert f"error: {LARGE} failed after 2 starts, given up: simulated failed" in printed
 
 
 def test_logs_of_several_trials_are_told_apart(folder: StudyFolder) -> None:

@@ -11,7 +11,7 @@ from PIL import Image
 from watched_study import LARGE, SMALL, Drive, make_folder, train
 
 from cluster.folder import StudyFolder
-from cluster.history import CUT_OFF, read_history
+from cluster.history import CUT_OFF, PAUSED, read_history
 from cluster.journal import EVENTS, Event
 from cluster.overhead import bound, device_time
 from cluster.summary import schedule, summary_text, write_summary
@@ -114,6 +114,18 @@ def test_lives_of_the_driver_are_put_together_without_the_time_between(folder: S
     assert {start.end for start in killed_again.starts} == {30}
 
 
+def test_what_was_stopped_on_request_is_no_trouble(folder: StudyFolder) -> None:
+    finished(folder)
+    first = [*born(0), started(0, SMALL), died(50, "stopped")]
+    second = [*born(100), started(100, SMALL), ended(150, SMALL, startup=5.0), died(150)]
+    history = read_history([*first, *second])
+    assert [start.status for start in history.starts] == [PAUSED, "done"]
+    time = device_time(folder, history)
+    assert (time.held, time.own, time.startup, time.repeated, time.rest) == (200, 160, 10, 0, 30)
+    assert "nothing had to be tried again" in summary_text(folder, history)
+    assert "tried again or given up" not in summary_text(folder, history)
+
+
 def test_what_a_driven_study_leaves_is_written_and_drawn(folder: StudyFolder) -> None:
     drive = Drive(folder, {(SMALL, 1): "lost"})
     drive.run()
@@ -128,6 +140,15 @@ def test_what_a_driven_study_leaves_is_written_and_drawn(folder: StudyFolder) ->
         (s.key, s.kind, s.node, s.start, s.end) for s in real)  # fmt: skip
     with Image.open(folder.law / "schedule.png") as picture:
         assert min(picture.size) > 300
+
+
+def test_the_summary_is_part_of_the_report(folder: StudyFolder) -> None:
+    (folder.path / EVENTS).write_text("".join(json.dumps(event) + "\n" for event in undisturbed()))
+    finished(folder)
+    folder.law.mkdir()
+    (folder.law / "report.txt").write_text("the laws\n")
+    text = write_summary(folder)
+    assert (folder.law / "report.txt").read_text() == f"the laws\n\n\n{text}\n"
 
 
 def test_a_study_without_a_journal_has_no_summary(folder: StudyFolder) -> None:
