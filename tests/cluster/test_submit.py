@@ -297,6 +297,7 @@ def wait_for(server: JobServer, job: str, done: Any) -> None:
 
 
 @pytest.mark.prove
+@pytest.mark.timeout(900)
 def test_studies_on_a_real_head(
     head: str, tmp_path: Path, generated_data: Path, tiny_config: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -304,7 +305,7 @@ def test_studies_on_a_real_head(
     folder, out = tmp_path / "mine", tmp_path / "out"
     folder.mkdir()
     text = STUDY.format(run=tiny_config).replace("data/test", str(generated_data / "test"))
-    (folder / "study.yaml").write_text(text.replace("images: 1024", "images: 16384"))
+    (folder / "study.yaml").write_text(text.replace("images: 1024", "images: 4096"))
     assert submit_study(folder / "study.yaml", address=head, out=out) == 0
     job = capfd.readouterr().out.split("as job ")[1].split()[0]
     server = JobServer(head)
@@ -329,6 +330,7 @@ def test_studies_on_a_real_head(
 
 
 @pytest.mark.prove
+@pytest.mark.timeout(900)
 def test_plain_ray_job_submit(head: str, tmp_path: Path, generated_data: Path, tiny_config: Path) -> None:
     """The study's file lies where the nodes see it; the code is the repository's, as `--working-dir` sent it."""
     (tmp_path / "study.yaml").write_text(STUDY.format(run=tiny_config).replace("data/test", f"{generated_data}/test"))
