@@ -174,11 +174,6 @@ def plan_report(
     return PlanReport(study, tuple(trials), costs, nodes, _schedule(study, trials, costs, nodes))
 
 
-def plan_text(study: StudyConfig, trials: Sequence[Trial]) -> str:
-    """The plan on the cluster that the study file tells of."""
-    return plan_report(study, trials).text()
-
-
 def planned_nodes(study: StudyConfig) -> dict[str, Resources]:
     """The nodes of the study's `cluster:`, else one with `device.count` devices, else those of one trial."""
     if study.cluster is not None:

@@ -74,11 +74,16 @@ def _plan(args: argparse.Namespace, folder: StudyFolder) -> int:
 
     trials = list(folder.trials.values())
     report = plan_report(folder.study, trials)
-    check_fits_storage(folder.study, trials, folder.path)
     print(json.dumps(report.to_json(), indent=2) if args.json else report.text())
     if args.figure is not None:
         report.figure(args.figure)
         print(f"figure: {args.figure}", file=sys.stderr)
+    try:
+        check_fits_storage(folder.study, trials, folder.path)
+    except UserError as error:
+        if args.out is not None:
+            raise
+        print(f"warning: {error}", file=sys.stderr)  # it may well be meant for another machine
     return 0
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -18,6 +19,7 @@ from cluster.jobs import Resources
 from cluster.plan import PlanReport, plan_report, planned_nodes
 from cluster.simulate import Schedule, Span
 from cluster.spec import StudyConfig, load_study
+from cluster.study import main
 from cluster.trials import Trial, make_trials
 from cluster.words import duration, size
 from data_pipeline.errors import ConfigError, UserError
@@ -135,6 +137,33 @@ def test_the_plan_as_json_is_plain_and_adds_up() -> None:
     assert found["totals"]["device_hours"] == pytest.approx(sum(one["seconds"] for one in found["trials"]) / 3600)
     assert found["schedule"]["makespan"] == max(span["end"] for span in found["schedule"]["spans"])
     assert found["nodes"] == {"node0": {"cpus": 2.0, "gpus": 0.0}}
+
+
+def plan_command(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    monkeypatch.setattr(sys, "argv", ["study", "plan", str(STUDIES / "smoke.yaml"), *words])
+    return main()
+
+
+def test_the_command_prints_the_plan_and_writes_the_picture(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert plan_command(monkeypatch, "--figure", str(tmp_path / "schedule.png")) == 0
+    assert planned("smoke").text() in capsys.readouterr().out
+    assert (tmp_path / "schedule.png").stat().st_size > 10_000
+    assert plan_command(monkeypatch, "--json", "seeds=[3]") == 0
+    found = json.loads(capsys.readouterr().out)
+    assert [one["seed"] for one in found["trials"]] == [3, 3]
+
+
+def test_a_disk_that_is_too_small_is_a_warning_where_no_folder_was_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(100, 0, 100))
+    assert plan_command(monkeypatch) == 0
+    assert "warning: study smoke still needs" in capsys.readouterr().err
+    with pytest.raises(UserError, match="study smoke still needs"):
+        plan_command(monkeypatch, "--out", str(tmp_path))
+    assert "study smoke: 2 trials" in capsys.readouterr().out  # the plan is shown all the same
 
 
 def test_the_nodes_are_the_clusters_or_the_counted_devices_or_a_trials_own() -> None:

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from cluster.jobs import Resources, Shape
-from cluster.ladder import value_name
+from cluster.ladder import Ladder, value_name
 from cluster.shapes import eval_shape, trial_shapes
-from cluster.spec import load_study, nest
+from cluster.spec import StudyConfig, load_study, nest
 from cluster.trials import Trial, log_spaced, make_trials
 from data_pipeline.errors import ConfigError
-from trainer.config import save_config
+from trainer.config import save_config, validate
 
 STUDY = """
 name: small
@@ -335,3 +337,17 @@ def test_log_spacing() -> None:
 
 def test_nest() -> None:
     assert nest({"a.b": 1, "a.c": 2, "d": {"e": 3}}) == {"a": {"b": 1, "c": 2}, "d": {"e": 3}}
+
+
+def test_the_examples_of_the_page_are_studies() -> None:
+    root = Path(__file__).resolve().parents[2]
+    blocks = [
+        yaml.safe_load(text)
+        for text in re.findall(r"```yaml\n(.*?)```", (root / "docs/studies.md").read_text(), re.DOTALL)
+    ]
+    whole, width, depth, grid = blocks
+    validate(StudyConfig, whole, source="the first example")
+    ladders = [validate(Ladder, example["ladder"], source="an example") for example in (width, depth)]
+    batches = [ladders[0].settings(number)["train.global_batch"] for number in range(4)]
+    assert f"round_to: 32}}    # {', '.join(map(str, batches))}" in (root / "docs/studies.md").read_text()
+    assert grid == yaml.safe_load((root / "configs/studies/cifar10_isoflop.yaml").read_text())
