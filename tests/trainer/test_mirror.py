@@ -288,6 +288,14 @@ def test_only_what_the_run_would_remove_is_removed(tmp_path: Path, url: str, mir
     push(run, url)
     found = sorted(path.parent.name for path in mirror.glob("checkpoints/*/manifest.json"))
     assert found == [checkpoint_name(16), checkpoint_name(24)]
+    # What is newer there is another machine's, which may be sending it.
+    for nimg in (20, 32):
+        (mirror / "checkpoints" / checkpoint_name(nimg)).mkdir()
+        (mirror / "checkpoints" / checkpoint_name(nimg) / "rank-00000.safetensors").touch()
+    push(run, url)
+    assert sorted(path.parent.name for path in mirror.glob("checkpoints/*/rank-00000.safetensors")) == [
+        checkpoint_name(16), checkpoint_name(24), checkpoint_name(32),
+    ]  # fmt: skip
 
 
 def test_a_folder_that_is_gone_takes_nothing_with_it(tmp_path: Path, url: str, mirror: Path) -> None:
