@@ -6,7 +6,7 @@ All truth is in files, so the loop may die at any time: started again it finds w
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from cluster.jobs import Backend, Changes, EvalJob, Job, Outcome, Placement, Resources, StudyFiles, TrialJob
 from cluster.scheduler import Scheduler, first_that_never_fits
@@ -14,6 +14,7 @@ from cluster.troubles import Failure, Retry
 from data_pipeline.errors import UserError
 
 _POLL_SECONDS = 0.5
+_STORAGE_SECONDS = 120.0  # what a shared file system may take to show here what was written elsewhere
 
 
 class Watcher:
@@ -74,7 +75,7 @@ def run_jobs(
     loop = _Loop(files, backend, scheduler, watchers, promised or {})
     try:
         return loop.run([trial.key for trial in trials], stop_requested)
-    except UserError:
+    except (UserError, OSError):  # the latter: the driver's own disk
         backend.stop()
         raise
 
@@ -88,13 +89,15 @@ class _Loop:
         self.watchers, self.promised = watchers, promised
         self.nodes: Mapping[str, Resources] = {}
         self.names: dict[str, str] = {}
+        self.unseen: dict[str, float] = {}  # finished trials whose files do not all show yet, and until when to wait
 
     def run(self, names: Iterable[str], stop_requested: Callable[[], bool]) -> Summary:
         look_at = list(names)  # whose exports may call for evaluations: at first everybody's
         while True:
+            has_seen_all = self.has_seen_all()  # before: what shows only now is looked at in the next turn
             for name in look_at:
                 self.scheduler.add_evaluations(self.files.missing_evaluations(name))
-            if self.scheduler.finished:
+            if self.scheduler.finished and has_seen_all:
                 return self.summary(stopped=False)
             self.look_at_nodes()
             for placement in self.scheduler.choose(self.nodes, self.backend.now()):
@@ -105,10 +108,10 @@ class _Loop:
                 self.backend.want(self.scheduler.demand())
             outcomes = self.backend.wait(_POLL_SECONDS)
             running = self.scheduler.running_trials
-            look_at = list(self.files.exported(running))
+            look_at = [*self.files.exported(running), *self.unseen]
             for outcome in outcomes:
                 self.end(outcome)
-                if isinstance(outcome.job, TrialJob) and outcome.job.key not in look_at:
+                if isinstance(outcome.job, TrialJob):
                     look_at.append(outcome.job.key)
             self.stop_the_diverging(running)
             changes = self.files.changes()
@@ -118,6 +121,14 @@ class _Loop:
             if changes.stop or stop_requested():
                 self.backend.stop()
                 return self.summary(stopped=True)
+
+    def has_seen_all(self) -> bool:
+        """Does the storage show all that finished trials have written, or has it had its time?"""
+        now = self.backend.now()
+        for trial, until in list(self.unseen.items()):
+            if now > until or self.files.shows_all(trial):
+                del self.unseen[trial]
+        return not self.unseen
 
     def summary(self, *, stopped: bool) -> Summary:
         return Summary(stopped, self.scheduler.num_done, self.scheduler.failures, self.scheduler.retries)
@@ -136,20 +147,28 @@ class _Loop:
     def end(self, outcome: Outcome) -> None:
         """Take note of how a job ended, and of what becomes of it."""
         job = outcome.job
+        if outcome.status != "done" and self.files.proved(job):
+            outcome = replace(outcome, status="done", message="")  # it was lost on its way home
         if outcome.status == "user_error":
             raise UserError(f"{job.key}: {outcome.message}")
-        is_trial = isinstance(job, TrialJob)
-        remedy = None
-        if outcome.status == "out_of_memory" and is_trial:
-            remedy = self.files.shrink_micro_batch(job.key)
-        progress = self.files.progress(job.key) if is_trial else 0
-        verdict = self.scheduler.ended(outcome, self.backend.now(), progress=progress, remedy=remedy)
-        if is_trial and isinstance(verdict, Failure) and verdict.state == "diverged":
-            self.files.end_trial(job.key, verdict.state, verdict.message)
-        if isinstance(job, TrialJob) and verdict is None and not self.files.trial_done(job.key):
-            self.scheduler.add_trials([job])  # its budget was raised meanwhile
+        verdict = self.judge(outcome)
+        if isinstance(job, TrialJob) and verdict is None:
+            self.unseen[job.key] = self.backend.now() + _STORAGE_SECONDS
+            if (wanted := self.files.job(job.key)).images > job.images:
+                self.scheduler.add_trials([wanted])  # its budget was raised meanwhile
         for watcher in self.watchers:
             watcher.ended(outcome, verdict)
+
+    def judge(self, outcome: Outcome) -> Retry | Failure | None:
+        """What becomes of a job that has ended."""
+        job, now = outcome.job, self.backend.now()
+        if isinstance(job, EvalJob):
+            return self.scheduler.ended(outcome, now)
+        remedy = self.files.shrink_micro_batch(job.key) if outcome.status == "out_of_memory" else None
+        verdict = self.scheduler.ended(outcome, now, progress=self.files.progress(job.key), remedy=remedy)
+        if isinstance(verdict, Failure) and verdict.state == "diverged":
+            self.files.end_trial(job.key, "diverged", verdict.message)
+        return verdict
 
     def stop_the_diverging(self, running: Iterable[str]) -> None:
         for trial, why in self.files.diverging(running).items():

@@ -6,6 +6,7 @@ STUDY/ study.yaml (with its run configs: all that `run` needs)  study.lock  tria
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import json
 import os
@@ -23,7 +24,7 @@ from cluster.portable import save_portable
 from cluster.shapes import eval_shape, trial_shapes
 from cluster.spec import StudyConfig
 from cluster.trials import Trial, trial_config
-from cluster.verdicts import read_verdict, write_verdict
+from cluster.verdicts import State, read_verdict, write_verdict
 from data_pipeline.errors import ConfigError, UserError
 from data_pipeline.files import write_json
 from trainer.checkpoint import list_checkpoints
@@ -113,7 +114,8 @@ class StudyFolder:
         trial = self.trials[name]
         left = 1.0 - min(1.0, self.progress(name) / trial.total_images)
         seconds = trial_seconds(self.study, trial) * left
-        return TrialJob(name, self.run_folder(name), trial_shapes(self.study, trial), seconds, trial.priority)
+        shapes = trial_shapes(self.study, trial)
+        return TrialJob(name, self.run_folder(name), shapes, seconds, trial.priority, trial.total_images)
 
     def _checked_config(self, trial: Trial) -> RunConfig:
         folder = self.run_folder(trial.name)
@@ -159,9 +161,10 @@ class StudyFolder:
         verdict = read_verdict(self.run_folder(trial))
         return None if verdict is None else verdict.reason
 
-    def end_trial(self, trial: str, state: str, reason: str) -> None:
+    def end_trial(self, trial: str, state: State, reason: str) -> None:
         record = self.last_record(trial)
-        write_verdict(self.run_folder(trial), state, reason, record.nimg if record else 0)  # type: ignore[arg-type]
+        with contextlib.suppress(OSError):  # on a full disk the next driver will see for itself
+            write_verdict(self.run_folder(trial), state, reason, record.nimg if record else 0)
 
     def shrink_micro_batch(self, trial: str) -> str | None:
         folder, num_processes = self.run_folder(trial), self.study.resources.num_processes
@@ -190,15 +193,36 @@ class StudyFolder:
     def trial_done(self, trial: str) -> bool:
         """Has the run reached this study's budget? (A longer one in the study file makes it go on.)"""
         result = self.run_folder(trial) / "result.json"
-        return result.exists() and json.loads(result.read_text())["nimg"] >= self.trials[trial].total_images
+        try:
+            return bool(json.loads(result.read_text())["nimg"] >= self.trials[trial].total_images)
+        except FileNotFoundError:
+            return False
+
+    def proved(self, job: TrialJob | EvalJob) -> bool:
+        if isinstance(job, EvalJob):
+            return job.out.name in _names_in(job.out.parent)
+        return job.key in self.trials and self.trial_done(job.key)
+
+    def shows_all(self, trial: str) -> bool:
+        if trial not in self.trials:
+            return True
+        return self.trial_done(trial) and len(self.exports(trial)) == len(self.trials[trial].export_images)
+
+    def exports(self, trial: str) -> list[Path]:
+        """Those of the points to be evaluated that are there and complete."""
+        folder = self.run_folder(trial) / "exports"
+        there, wanted = _names_in(folder), [f"{nimg:012d}" for nimg in self.trials[trial].export_images]
+        return [folder / name for name in wanted if name in there and (folder / name / "manifest.json").exists()]
 
     def missing_evaluations(self, trial: str) -> list[EvalJob]:
-        facts = self.trials[trial]
-        if not facts.evaluated or self._is_cancelled(trial):
+        facts = self.trials.get(trial)  # None: it was taken out of the study
+        if facts is None or not facts.evaluated or self._is_cancelled(trial):
             return []
-        exports = [self.run_folder(trial) / "exports" / f"{nimg:012d}" for nimg in facts.export_images]
-        jobs = [job for export in exports if (export / "manifest.json").exists() for job in self._jobs(facts, export)]
-        return [job for job in jobs if not job.out.exists()]
+        jobs = []
+        for export in self.exports(trial):
+            there = _names_in(self.run_folder(trial) / "evals" / export.name)
+            jobs += [job for job in self._jobs(facts, export) if job.out.name not in there]
+        return jobs
 
     def _is_cancelled(self, trial: str) -> bool:
         verdict = read_verdict(self.run_folder(trial))
@@ -208,12 +232,11 @@ class StudyFolder:
         """The records of the trial's evaluations as this study file asks for them; others are left aside."""
         facts = self.trials[trial]
         records: list[EvalRecord] = []
-        for nimg in facts.export_images if facts.evaluated else ():
-            export = self.run_folder(trial) / "exports" / f"{nimg:012d}"
-            if (export / "manifest.json").exists():
-                for out in dict.fromkeys(job.out for job in self._jobs(facts, export)):
-                    if out.exists():
-                        records += read_result(out)
+        for export in self.exports(trial) if facts.evaluated else ():
+            there = _names_in(self.run_folder(trial) / "evals" / export.name)
+            for out in dict.fromkeys(job.out for job in self._jobs(facts, export)):
+                if out.name in there:
+                    records += read_result(out)
         return records
 
     def num_evaluations(self, trial: str) -> int:
@@ -309,6 +332,16 @@ def _reduced_to(run: Path) -> int | None:
         return int(json.loads((run / MICRO_BATCH).read_text())["micro_batch"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
+
+
+def _names_in(folder: Path) -> set[str]:
+    """What a folder holds. Listing it makes a shared file system look anew; asking for one file may be answered from
+    what it remembers, which can be a minute old.
+    """
+    try:
+        return set(os.listdir(folder))
+    except FileNotFoundError:
+        return set()
 
 
 def _is_locked(path: Path) -> bool:

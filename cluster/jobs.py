@@ -66,6 +66,7 @@ class TrialJob:
     shapes: tuple[Shape, ...]  # the first is wanted; the others are for a cluster that has lost devices
     seconds: float  # expected, in the first shape
     priority: int = 0  # higher goes first
+    images: int = 0  # its budget
 
 
 @dataclass(frozen=True)
@@ -158,7 +159,16 @@ class Changes:
 class StudyFiles(Protocol):
     """What exists of a study: the truth, whoever made it."""
 
+    def job(self, trial: str) -> TrialJob:
+        """As it is wanted now."""
+
     def trial_done(self, trial: str) -> bool: ...
+
+    def proved(self, job: Job) -> bool:
+        """Does a file prove the job done, however its last start ended?"""
+
+    def shows_all(self, trial: str) -> bool:
+        """Can all that a finished trial has written be seen here? A shared file system may take its time."""
 
     def verdict(self, trial: str) -> str | None:
         """Why a trial ended for good before its end: cancelled, diverged; None where it did not."""
@@ -175,7 +185,7 @@ class StudyFiles(Protocol):
     def diverging(self, trials: Iterable[str]) -> Mapping[str, str]:
         """Those of the running trials that should be stopped for good, and why. Asked all the time."""
 
-    def end_trial(self, trial: str, state: str, reason: str) -> None:
+    def end_trial(self, trial: str, state: Literal["cancelled", "diverged"], reason: str) -> None:
         """Write that the trial has ended for good."""
 
     def shrink_micro_batch(self, trial: str) -> str | None:

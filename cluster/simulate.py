@@ -123,8 +123,17 @@ class SimulatedCluster:
 
     # ---- the files ----------------------------------------------------------------------------------------------
 
+    def job(self, trial: str) -> TrialJob:
+        return self.trials[trial].job
+
     def trial_done(self, trial: str) -> bool:
         return trial in self.done
+
+    def proved(self, job: Job) -> bool:
+        return job.key in self.done
+
+    def shows_all(self, trial: str) -> bool:
+        return True
 
     def verdict(self, trial: str) -> str | None:
         return self.verdicts.get(trial)

@@ -29,13 +29,10 @@ def two_nodes() -> Iterator[str]:
     """The address of a Ray with a head that runs nothing and two nodes of one CPU."""
     from ray.cluster_utils import Cluster
 
-    small = {"object_store_memory": 80_000_000}
-    cluster = Cluster(
-        initialize_head=True,
-        head_node_args={"num_cpus": 0, "node_ip_address": "127.0.0.2", "include_dashboard": False, **small},
-    )
+    head = {"num_cpus": 0, "node_ip_address": "127.0.0.2", "include_dashboard": False}
+    cluster = Cluster(initialize_head=True, head_node_args=head | {"object_store_memory": 80_000_000})
     for host in (3, 4):
-        cluster.add_node(num_cpus=1, node_ip_address=f"127.0.0.{host}", **small)
+        cluster.add_node(num_cpus=1, node_ip_address=f"127.0.0.{host}", object_store_memory=80_000_000)
     yield cluster.address
     cluster.shutdown()
 
