@@ -90,7 +90,7 @@ def artifact_address(server: str, experiment_id: str, run_id: str, path: str) ->
 
 def study_views(metrics: Sequence[str]) -> list[SavedView]:
     """A study's views. `metrics` are those that laws are sought for, such as "nll/test", the main one first."""
-    return [_scaling_view(metrics), _training_view(), _throughput_view(), _fits_view()]
+    return [_scaling_view(metrics), _training_view(), _throughput_view(), _trials_view(metrics), _fits_view()]
 
 
 def experiment_tags(study: str, metrics: Sequence[str]) -> dict[str, str]:
@@ -176,6 +176,13 @@ def _throughput_view() -> SavedView:
     columns = ["tags.`size`", _NUM_PARAMS, "metrics.`speed/img_per_second`", "metrics.`speed/mfu`"]
     columns += ["metrics.`speed/data_wait_share`", "metrics.`memory/device_peak_gb`"]
     return _of_trials("throughput", "Throughput", "speed, step times, memory, machine", sections, columns)
+
+
+def _trials_view(metrics: Sequence[str]) -> SavedView:
+    """A table: a row a trial, how it is doing and where."""
+    columns = [*(f"metrics.`{metric}`" for metric in metrics), "metrics.`speed/img_per_second`"]
+    columns += [f"tags.`{name}`" for name in ("size", "seed", "state", "progress", "device", "retries", "last_trouble")]
+    return _of_trials("trials", "Trials", "a row a trial: state, progress, device, retries, last trouble", (), columns)
 
 
 def _fits_view() -> SavedView:

@@ -218,7 +218,7 @@ def test_the_studys_page_arrives_with_the_ids_that_only_the_tracker_knows(
     assert f"#/experiments/{tracker.experiment_id}/runs/{report.info.run_id}/artifacts/report.html" in tags[NOTE_TAG]
     assert f"#/experiments/{tracker.experiment_id}/runs?viewStateShareKey=scaling" in tags[NOTE_TAG]
     (pages,) = experiment_pages(f"sqlite:///{database}", "s")
-    assert set(pages.views) == {"scaling", "training", "throughput", "fits"}
+    assert set(pages.views) == {"scaling", "training", "throughput", "trials", "fits"}
     assert pages.report_run == report.info.run_id
     assert {"points.csv", "law_runs.json"} <= set(pages.report_files)
 

@@ -66,6 +66,9 @@ def test_the_other_views_are_of_the_trials_and_the_table_of_fits_has_no_charts()
     assert fits["compareRunCharts"] == []
     assert fits["searchFilter"] == "tags.kind = 'law'"
     assert {"metrics.`exponent`", "metrics.`exponent_low`", "metrics.`held_out_error`"} <= set(fits["selectedColumns"])
+    trials = layout("trials")
+    assert trials["compareRunCharts"] == []
+    assert {"tags.`state`", "tags.`last_trouble`", f"metrics.`{METRICS[0]}`"} <= set(trials["selectedColumns"])
 
 
 def test_every_chart_is_in_a_section_that_exists() -> None:
@@ -88,7 +91,8 @@ def test_addresses_open_charts_or_the_table_of_a_view_and_an_artifact() -> None:
         name, address = address_of_tag(key.rpartition(".")[2], value, server, "7")
         modes[name] = address.partition("compareRunsMode=")[2].partition("&")[0]
     assert modes == {
-        "Scaling curves": "CHART", "Training": "CHART", "Throughput": "CHART", "Fits": "TABLE", "Own": "TABLE",
+        "Scaling curves": "CHART", "Training": "CHART", "Throughput": "CHART", "Trials": "TABLE", "Fits": "TABLE",
+        "Own": "TABLE",
     }  # fmt: skip
     assert artifact_address(server, "7", "abc", "report.html") == (
         f"{server}/#/experiments/7/runs/abc/artifacts/report.html?{menu}"
