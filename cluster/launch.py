@@ -13,7 +13,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,7 @@ from cluster.workers import Ended, EvalWorker, Sent, TrialWorker
 from data_pipeline.errors import UserError
 
 _ANSWER_SECONDS = 10.0
+_PROBE_SECONDS = 1.0  # for a node of the cluster to answer
 # Ray of one machine (its default on systems other than Linux): it listens on loopback, not on all interfaces.
 _ONE_MACHINE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 _OBJECT_STORE_BYTES = 100_000_000  # nothing but paths and numbers goes through it
@@ -78,6 +79,8 @@ class RayBackend:
         self._idle: list[_Idle] = []
         self._nodes: dict[str, Resources] = {}
         self._addresses: dict[str, str] = {}
+        self._ports: dict[str, tuple[str, int]] = {}  # where each node's own process listens
+        self._silent: set[str] = set()  # nodes that Ray, which takes its time, believes alive and that do not answer
         self._looked_at = self._wanted_at = float("-inf")
         self._wanted: list[dict[str, float]] = []
         self._cwd = Path.cwd()
@@ -88,6 +91,11 @@ class RayBackend:
         if self.now() - self._looked_at > _NODES_SECONDS:
             self._looked_at = self.now()
             alive = {node["NodeID"]: node for node in self._ray.nodes() if node["Alive"]}
+            self._ports = {
+                node: (about["NodeManagerAddress"], about["NodeManagerPort"]) for node, about in alive.items()
+            }
+            self._silent = {node for node in self._silent if node in alive and not _answers(*self._ports[node])}
+            alive = {node: about for node, about in alive.items() if node not in self._silent}
             devices = {node: _resources(about["Resources"]) for node, about in alive.items()}
             self._nodes = {node: has for node, has in devices.items() if has.cpus or has.gpus}
             self._addresses |= {node: about["NodeManagerAddress"] for node, about in alive.items()}
@@ -114,8 +122,6 @@ class RayBackend:
 
     def start(self, placement: Placement) -> None:
         sent = Sent(time.time(), self._cwd, self._environment)
-        for node in placement.nodes:
-            self._make_room(node, placement.shape.per_node)
         if isinstance(placement.job, TrialJob):
             running, references = self._start_trial(placement, placement.job, sent)
         else:
@@ -164,6 +170,8 @@ class RayBackend:
 
     def _start_trial(self, placement: Placement, job: TrialJob, sent: Sent) -> tuple[_Running, list[Any]]:
         shape, strategies, group = placement.shape, [self._on_node(node) for node in placement.nodes], None
+        for node in placement.nodes:
+            self._make_room(node, shape.per_node)
         if shape.num_nodes > 1:
             group, strategies = self._group(placement)
         # `stop` must come through during `run`.
@@ -186,6 +194,7 @@ class RayBackend:
             self._idle.remove(found)
             actor = found.actor
         else:
+            self._make_room(node, resources)
             actor = self._actor(EvalWorker, resources, self._on_node(node), bool(resources.gpus))
         return _Running(placement, [actor]), [actor.run.remote(job.export, job.request, job.out, job.shard, sent)]
 
@@ -216,11 +225,11 @@ class RayBackend:
         ]
 
     def _make_room(self, node: str, wanted: Resources) -> None:
-        """End idle evaluators of a node until `wanted` is free."""
-        running = [r.placement.shape.per_node for r in self._running.values() if node in r.placement.nodes]
+        """End idle evaluators of a node, the longest idle first, until `wanted` is free."""
         held = [idle.resources for idle in self._idle if idle.node == node]
-        free = self._nodes.get(node, Resources()) - sum([*running, *held], Resources())
-        for idle in [idle for idle in self._idle if idle.node == node and idle.resources != wanted]:
+        held += [r.placement.shape.per_node for r in self._running.values() if node in r.placement.nodes]
+        free = self._nodes.get(node, Resources()) - sum(held, Resources())
+        for idle in [idle for idle in self._idle if idle.node == node]:
             if wanted.fits_in(free):
                 return
             self._end_evaluator(idle)
@@ -246,10 +255,18 @@ class RayBackend:
             ended = Ended("failed", _short(error))
         except self._ray.exceptions.RayError as error:  # its worker or its node died
             ended = Ended("lost", _short(error))
+            self._look_after(running.placement.nodes)
         running.ended.append(ended)
         if ended.status != "done" and running.waited_for and running.give_up_at is None:
             running.give_up_at = self.now() + GRACE_SECONDS + 5
             self.stop_job(running.placement.job.key)
+
+    def _look_after(self, nodes: Sequence[str]) -> None:
+        """Something died there: nothing is to be sent to a node that has died with it."""
+        dead = {node for node in nodes if node in self._ports and not _answers(*self._ports[node])}
+        if dead:
+            self._silent |= dead
+            self._looked_at = float("-inf")
 
     def _is_over(self, running: _Running) -> bool:
         if running.waited_for == 0:
@@ -320,6 +337,15 @@ def _check_answers(address: str | None) -> None:
             f"nothing answers at --address {address} ({error}). Check host and port (`ray status` on the cluster "
             "names them), or leave out --address to use this machine."
         ) from None
+
+
+def _answers(address: str, port: int) -> bool:
+    """Does anybody listen there?"""
+    try:
+        socket.create_connection((address, port), timeout=_PROBE_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 def _resources(found: Mapping[str, float]) -> Resources:

@@ -27,6 +27,7 @@ ROOT = Path(__file__).resolve().parents[1]
 GRACE_SECONDS = 120.0  # from SIGTERM to SIGKILL; the trainer ends itself after 25, or when what it saves is saved
 _LOCK_SECONDS = 60.0
 _TAIL_BYTES = 8192
+_PROGRESS_BAR = re.compile(r"\d%\|")
 
 
 @dataclass(frozen=True)
@@ -194,5 +195,5 @@ def _error_line(output: str) -> str:
     messages = re.split(r"(?<![A-Za-z])error: ", output)
     if len(messages) > 1:
         return messages[-1].strip()
-    lines = [line for line in output.splitlines() if line.strip()]
-    return lines[-1].strip() if lines else ""
+    lines = [line.strip() for line in re.split(r"[\r\n]", output) if line.strip() and not _PROGRESS_BAR.search(line)]
+    return lines[-1] if lines else ""

@@ -87,7 +87,9 @@ def _run_missing(folder: StudyFolder, edits: Edits, jobs: list[TrialJob], addres
     study = folder.study
     waiting = waiting_trials(jobs, folder)
     retry = RetryPolicy(**study.retry.model_dump())
-    scheduler = Scheduler(waiting, retry=retry, eval_share=study.resources.eval_share)
+    scheduler = Scheduler(
+        waiting, retry=retry, eval_share=study.resources.eval_share, shrink_seconds=study.resources.shrink_after
+    )
     folder.look_for_changes = edits.look
     stop = _StopSignal()
     where = "on this machine" if address is None else f"at {address}"
