@@ -98,8 +98,8 @@ class ResourcesConfig(Section):
     eval_cpus: float = Field(default=1, gt=0)
     eval_gpus: int = Field(default=0, ge=0)
     eval_shards: int = Field(default=1, ge=1)  # processes that share one evaluation, each with eval_cpus and eval_gpus
-shrink_after: float = Field(default=120.0, ge=0)  # seconds that lost devices have to come back until then
-        eval_share: float = Field(default=0.25, ge=0, le=1)  # of the devices, for evaluations while trials wait; one always
+    eval_share: float = Field(default=0.25, ge=0, le=1)  # of the devices, for evaluations while trials wait; one always
+    shrink_after: float = Field(default=120.0, ge=0)  # seconds that lost devices have to come back, for min_processes
 
     @model_validator(mode="after")
     def _one_device_a_process(self) -> ResourcesConfig:
