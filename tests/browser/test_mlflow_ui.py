@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import socket
 from collections.abc import Iterator
 
@@ -30,6 +31,8 @@ def study(tmp_path_factory: pytest.TempPathFactory) -> MadeStudy:
     """A study with its report, sent to a store of its own."""
     folder = tmp_path_factory.mktemp("ui")
     study = make_study(folder, uri=f"sqlite:///{folder}/mlflow.db")
+    said = {"state": "running", "progress": "40%", "device": "n7: 8 GPUs", "retries": "3", "last_trouble": "n6 died"}
+    (study.path / "status.json").write_text(json.dumps({"trials": dict.fromkeys(study.trials, said)}))
     lines = send_report(study, write_report(study))
     assert not any("not sent" in line for line in lines), lines
     return study
@@ -65,7 +68,7 @@ def points_of(traces: dict[str, int], runs: set[str]) -> set[int]:
 
 
 def test_every_address_is_printed(addresses: dict[str, str]) -> None:
-    assert set(addresses) == {"Scaling curves", "Training", "Throughput", "Fits", "Report"}
+    assert set(addresses) == {"Scaling curves", "Training", "Throughput", "Trials", "Fits", "Report"}
 
 
 @pytest.mark.parametrize("metric", ["nll/test", "nll/train", "fd_efflite0/test"])
@@ -124,6 +127,15 @@ def test_the_table_of_fits_has_a_row_a_fit_and_its_numbers(
         assert column in text.split()
     best = next(run for run in fits if run.tags["best"] == "yes")
     assert str(best.metrics["exponent"])[:6] in text
+
+
+def test_the_table_of_trials_says_how_each_is_doing(page: Page, addresses: dict[str, str]) -> None:
+    page.open(addresses["Trials"], width=2400, height=1600)
+    page.wait(lambda: all(name in page.text() for name in TRIALS), "every trial", seconds=30)
+    text = page.text()
+    assert f"{len(TRIALS)} matching runs" in text
+    for words in ("state", "progress", "device", "retries", "last_trouble", "running", "40%", "n7: 8 GPUs", "n6 died"):
+        assert words in text
 
 
 def test_the_report_opens_with_its_interactive_figures(page: Page, addresses: dict[str, str]) -> None:
