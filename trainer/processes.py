@@ -108,8 +108,7 @@ def start_processes(*, num_cpu_threads: int | None, hang_seconds: float = 1800.0
 
 
 def _init_process_group(device: torch.device) -> None:
-    import deepspeed  # heavy; imported here so that `--help` and config errors are instant
-
+    deepspeed = _import_deepspeed()  # heavy; imported here so that `--help` and config errors are instant
     if device.type == "cpu":
         # DeepSpeed would compile a shared-memory all-reduce here that only its inference engine calls: a minute at
         # the first start, and a lock left behind for ever where that start is killed. Say that no op can be built.
@@ -125,6 +124,19 @@ def _init_process_group(device: torch.device) -> None:
                 "give this job another: deepspeed --master_port PORT (or MASTER_PORT=PORT for torchrun and others)."
             ) from None
         raise
+
+
+def _import_deepspeed() -> Any:
+    """Its autotuner, which nobody calls here, would import mlflow: a third of what a process takes to start."""
+    absent = "mlflow" not in sys.modules
+    if absent:
+        sys.modules["mlflow"] = None  # type: ignore[assignment]
+    try:
+        import deepspeed
+    finally:
+        if absent:
+            del sys.modules["mlflow"]
+    return deepspeed
 
 
 def collective_timeout(hang_seconds: float) -> timedelta:
