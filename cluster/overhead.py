@@ -92,10 +92,12 @@ def _lower_bound(
     folder: StudyFolder, history: History, trials: Mapping[str, float], shapes: Mapping[str, Shape],
     evaluations: Mapping[tuple[str, int], list[EvalJob]],
 ) -> float:  # fmt: skip
+    points: dict[str, list[int]] = {name: [] for name in trials}
+    for name, nimg in evaluations:
+        points.setdefault(name, []).append(nimg)
     simulated = []
-    for name in {*trials, *(trial for trial, _ in evaluations)}:
-        points = sorted(nimg for trial, nimg in evaluations if trial == name)
+    for name, found in points.items():
         shape = shapes.get(name, Shape(history.capacity))  # one that was trained before there was a journal: no time
         job = TrialJob(name, folder.run_folder(name), (shape,), trials.get(name, 0.0))
-        simulated.append(SimulatedTrial(job, tuple((1.0, nimg) for nimg in points)))
+        simulated.append(SimulatedTrial(job, tuple((1.0, nimg) for nimg in sorted(found))))
     return lower_bound(simulated, {"all": history.capacity}, lambda *point: evaluations.get(point, []))

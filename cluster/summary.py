@@ -118,7 +118,8 @@ def _use_lines(folder: StudyFolder, history: History) -> list[str]:
         lowest = bound(folder, history)
         over = f", {history.makespan / lowest:.2f} x the time that no schedule goes below" if lowest else ""
         share = used / (there * history.makespan)
-        lines.append(f"cluster:     {there:.3g} {unit} in the mean, {share:.0%} of their time held by jobs{over}")
+        number = f"{there:,.1f}".removesuffix(".0")
+        lines.append(f"cluster:     {number} {unit} in the mean, {share:.0%} of their time held by jobs{over}")
     if time.own:
         repeated = f", repeated after troubles {time.repeated / time.own:.1%}" if time.repeated else ""
         lines.append(
