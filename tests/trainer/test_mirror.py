@@ -708,23 +708,57 @@ def test_a_follower_ends_when_the_run_is_finished(tmp_path: Path, url: str, mirr
 # ---- a real run -----------------------------------------------------------------------------------------------------
 
 
-def test_a_run_goes_on_from_its_mirror_as_if_nothing_had_happened(tiny_config: Path, tmp_path: Path) -> None:
-    url, folder, straight = f"file://{tmp_path}/mirror", tmp_path / "run", tmp_path / "straight"
+def start_training(config: Path, folder: Path, *settings: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "trainer/run.py", "--config", str(config), f"run.folder={folder}", *settings]
+    return subprocess.Popen(command, cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
 
-    def train(folder: Path, *settings: str) -> str:
-        words = [sys.executable, "trainer/run.py", "--config", str(tiny_config), f"run.folder={folder}", *settings]
-        done = subprocess.run(words, cwd=ROOT, text=True, capture_output=True, timeout=120)
-        assert done.returncode == 0, done.stderr
-        return done.stdout
 
-    train(straight)
-    train(folder, "train.budget_images=24", f"run.mirror={url}")
-    assert tree(tmp_path / "mirror") == tree(folder)
+def train(config: Path, folder: Path, *settings: str) -> str:
+    process = start_training(config, folder, *settings)
+    text = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, text
+    return text
+
+
+def assert_same_run(run: Path, straight: Path, nimg: int) -> None:
+    """The same weights, moments and losses, bit for bit."""
+    files = sorted((straight / "checkpoints" / checkpoint_name(nimg)).glob("*.safetensors"))
+    assert files
+    for path in files:
+        assert path.read_bytes() == (run / path.relative_to(straight)).read_bytes()
+    losses = [[(r.nimg, r.values["train/loss"]) for r in read_train_records(folder)] for folder in (run, straight)]
+    assert losses[0] == losses[1]
+
+
+def test_a_run_goes_on_from_its_mirror_as_if_nothing_had_happened(
+    tiny_config: Path, tmp_path: Path, url: str, mirror: Path
+) -> None:
+    folder, straight = tmp_path / "run", tmp_path / "straight"
+    train(tiny_config, straight)
+    train(tiny_config, folder, "train.budget_images=24", f"run.mirror={url}")
+    assert tree(mirror) == tree(folder)
     shutil.rmtree(folder)
     assert pull(url, folder) == []
-    assert "resuming at 24 images" in train(folder)
-    name = f"checkpoints/{checkpoint_name(48)}"
-    for path in (straight / name).glob("*.safetensors"):
-        assert path.read_bytes() == (folder / name / path.name).read_bytes()
-    losses = [[(r.nimg, r.values["train/loss"]) for r in read_train_records(f)] for f in (straight, folder)]
-    assert losses[0] == losses[1]
+    assert "resuming at 24 images" in train(tiny_config, folder)
+    assert_same_run(folder, straight, 48)
+
+
+@pytest.mark.prove
+def test_a_run_whose_machine_died_goes_on_from_its_mirror(
+    tiny_config: Path, tmp_path: Path, url: str, mirror: Path
+) -> None:
+    folder, straight = tmp_path / "run", tmp_path / "straight"
+    settings = ["train.budget_images=2400", "train.checkpoint_every_images=48", "train.keep_checkpoints=2"]
+    process = start_training(tiny_config, folder, *settings, f"run.mirror={url}")
+    wait_until(lambda: len(list(mirror.glob("checkpoints/*/manifest.json"))) > 1, seconds=120)
+    there = max(int(path.parent.name) for path in mirror.glob("checkpoints/*/manifest.json"))
+    process.kill()
+    process.communicate()  # the child, too, has ended now
+    shutil.rmtree(folder)
+    assert pull(url, folder) == []
+    newest = max(int(path.name) for path in (folder / "checkpoints").iterdir())
+    assert there <= newest < 2400
+    assert f"resuming at {newest:,} images" in train(tiny_config, folder, *settings, f"run.mirror={url}")
+    assert tree(mirror).keys() == tree(folder).keys()
+    train(tiny_config, straight, *settings)
+    assert_same_run(folder, straight, 2400)
