@@ -17,6 +17,7 @@ import resource
 import subprocess
 import sys
 import time
+import zlib
 from pathlib import Path
 
 from cluster.driver import run_jobs, waiting_trials
@@ -53,7 +54,7 @@ def study(num_trials: int, seed: int = 0) -> SimulatedCluster:
         return [simulated_eval(trial, nimg, shape=shape(1), seconds=900.0)]
 
     def fate(job: Job, attempt: int) -> Status:
-        return "lost" if attempt == 1 and hash((job.key, seed)) % 20 == 0 else "done"
+        return "lost" if attempt == 1 and zlib.crc32(job.key.encode()) % 20 == seed else "done"
 
     nodes = {f"n{i}": NODE for i in range(max(2, num_trials // GPUS_A_NODE))}
     return SimulatedCluster(nodes, trials, evaluations, fate)
