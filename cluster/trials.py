@@ -63,7 +63,9 @@ def make_trials(study: StudyConfig) -> list[Trial]:
 
 def trial_config(trial: Trial, folder: Path) -> RunConfig:
     """The config that the trial's processes run, in its folder."""
-    return trial.config.model_copy(update={"run": trial.config.run.model_copy(update={"folder": folder})})
+    # The study has one mirror of all its runs.
+    run = trial.config.run.model_copy(update={"folder": folder, "mirror": None})
+    return trial.config.model_copy(update={"run": run})
 
 
 def log_spaced(first: int, last: int, num: int, *, multiple: int) -> tuple[int, ...]:
