@@ -72,8 +72,8 @@ class RayBackend:
 
         self._ray, self.grows = ray, grows
         _connect(ray, address)
-        # On this machine there is one installation; its code may be edited while a study runs.
-        self._environment = None if allow_skew or address is None else environment()
+        # On this machine there is one installation.
+        self._compares = not allow_skew and address is not None
         self._running: dict[str, _Running] = {}
         self._references: dict[Any, str] = {}  # of results to come -> the job's key
         self._idle: list[_Idle] = []
@@ -121,7 +121,7 @@ class RayBackend:
     # ---- jobs ---------------------------------------------------------------------------------------------------
 
     def start(self, placement: Placement) -> None:
-        sent = Sent(time.time(), self._cwd, self._environment)
+        sent = Sent(time.time(), self._cwd, environment() if self._compares else None)
         if isinstance(placement.job, TrialJob):
             running, references = self._start_trial(placement, placement.job, sent)
         else:

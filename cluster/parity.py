@@ -14,10 +14,17 @@ _OURS = ("data_pipeline", "trainer", "evaluation", "cluster")
 CODE = "this project's code"
 
 
-@lru_cache(maxsize=1)
 def environment() -> dict[str, str]:
-    """Versions by name. Of a package's version its public part: a GPU node has another build than a login node."""
-    found = {"python": platform.python_version(), CODE: _code_hash()}
+    """Versions by name, as they are on this machine's disk now: who edits the code under a driver edits its workers' too.
+
+    Of a package's version its public part: a GPU node has another build than a login node.
+    """
+    return {"python": platform.python_version(), CODE: _code_hash(), **_packages()}
+
+
+@lru_cache(maxsize=1)
+def _packages() -> dict[str, str]:
+    found = {}
     for package in _PACKAGES:
         try:
             found[package] = version(package).partition("+")[0]
