@@ -12,6 +12,7 @@ from cluster.driver import Watcher
 from cluster.folder import StudyFolder
 from cluster.jobs import Outcome, Placement, Resources, TrialJob
 from cluster.names import NodeNames
+from cluster.ranks import started_at
 from cluster.scheduler import Scheduler
 from cluster.troubles import Failure, Retry
 from cluster.words import count, duration
@@ -34,17 +35,17 @@ class Display(Watcher):
 
     def started(self, placement: Placement) -> None:
         job = placement.job
-        self._starts[job.key] = time.monotonic()
+        self._starts[job.key] = time.time()
         if isinstance(job, TrialJob):
-            record = self._folder.last_record(job.key)
-            since = f" from {record.nimg:,} images" if record else ""
+            saved = self._folder.progress(job.key)
+            since = f" from {saved:,} images" if saved else ""
             again = f", start {placement.attempt}" if placement.attempt > 1 else ""
             total = self._folder.trials[job.key].total_images
             self.say(f"training   {self._size(job.key)}: {total:,} images{since}{self._where(placement)}{again}")
 
     def ended(self, outcome: Outcome, verdict: Retry | Failure | None) -> None:
         job = outcome.job
-        seconds = duration(time.monotonic() - self._starts.pop(job.key, time.monotonic()))
+        seconds = duration(time.time() - self._starts.pop(job.key, time.time()))
         how = outcome.status.replace("_", " ")
         if isinstance(verdict, Retry):
             self.say(f"warning: {job.key}: {how} ({verdict.message}); tried again in {verdict.pause:g} s")
@@ -108,7 +109,7 @@ class Display(Watcher):
         rest = (self._where(placement) if several else "") + (
             f", start {placement.attempt}" if placement.attempt > 1 else "")  # fmt: skip
         size = " ".join(self._size(name).split())
-        if record is None:
+        if record is None or (started_at(self._folder.run_folder(name)) or 0.0) < self._starts.get(name, 0.0):
             return f"{size} starting{rest}"
         speed = record.values.get("speed/img_per_second", 0.0)
         left = duration((trial.total_images - record.nimg) / speed) if speed else "?"

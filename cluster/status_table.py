@@ -85,13 +85,13 @@ class _Status:
 
     def text(self, max_lines: int | None) -> str:
         header = ("trial", "size", "state", "images", "", "img/s", "ETA", "evaluated", *self.metrics, "node", "retries")
-        head, foot = self._head(), [*self._amiss(), *self._events()]
+        head, foot = self._head(), [*_block(self._amiss()), *_block(self._events())]
         rows, left_out = self.rows, ""
-        if max_lines is not None and len(rows) > (room := max(1, max_lines - len(head) - len(foot) - 5)):
+        if max_lines is not None and len(rows) > (room := max(1, max_lines - len(head) - len(foot) - 4)):
             rows = sorted(rows, key=_interest)[:room]
             left_out = "and " + _counts(row for row in self.rows if row not in rows)
         table = format_table(header, [row.cells for row in rows])
-        return "\n".join([*head, "", table, *([left_out] if left_out else []), *(["", *foot] if foot else [])])
+        return "\n".join([*head, "", table, *([left_out] if left_out else []), *foot])
 
     # ---- the head -----------------------------------------------------------------------------------------------
 
@@ -259,6 +259,10 @@ def _where(ran: Mapping[str, Any]) -> str:
     num, unit = (ran["gpus"], "GPU") if ran["gpus"] else (ran["cpus"], "CPU")
     devices = f"{num:g} {unit}{'' if num == 1 else 's'}"
     return f"{nodes[0]}: {devices}" if len(nodes) == 1 else f"{nodes[0]} and {len(nodes) - 1} more: {devices} each"
+
+
+def _block(lines: list[str]) -> list[str]:
+    return ["", *lines] if lines else []
 
 
 def _counts(rows: Iterable[_Row]) -> str:

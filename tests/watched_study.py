@@ -43,13 +43,19 @@ def make_folder(path: Path, run: Path, data: Path) -> StudyFolder:
     return folder
 
 
-def train(folder: StudyFolder, trial: str, nimg: int, *, done: bool = False, speed: float = 8.0) -> None:
-    """Leave the files of a trial that has seen so many images, now."""
+def train(
+    folder: StudyFolder, trial: str, nimg: int, *, done: bool = False, speed: float = 8.0, ahead: float = 0.0
+) -> None:  # fmt: skip
+    """Leave the files of a trial that has seen so many images, and saved half of them.
+
+    `ahead`: seconds from now to its first step.
+    """
     run = folder.run_folder(trial)
     writer = RecordWriter(run, 0)
     writer.write(TrainRecord(nimg, 1e6 * nimg, time.time(), {"speed/img_per_second": speed, "train/loss": 0.5}))
     writer.close()
-    (run / "started.json").write_text(json.dumps({"time": time.time(), "nimg": 8, "pid": 1}))
+    (run / "started.json").write_text(json.dumps({"time": time.time() + ahead, "nimg": 8, "pid": 1}))
+    (run / "checkpoints" / f"{nimg // 2:012d}").mkdir(parents=True)
     if done:
         (run / "result.json").write_text(json.dumps({"status": "complete", "nimg": nimg, "seconds": 80.0}))
 
