@@ -35,7 +35,7 @@ STUDY = """
 name: outside
 run: {run}
 ladder: {{key: model.channels, values: [4, 8], label: "C={{value}}"}}
-settings: {{model.num_heads: 2}}
+settings: {{model.num_heads: 2, train.log_every_images: 128}}
 budget: {{images: 1024}}
 evaluation: {{test: data/test, images: [512], nll: {{splits: [test], num_calls: 128}}}}
 tracking: {{mlflow: false}}
@@ -302,11 +302,16 @@ def test_studies_on_a_real_head(
     head: str, tmp_path: Path, generated_data: Path, tiny_config: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Submitted while the head is still starting; stopped, which saves; and again, which goes on to the end."""
-    folder, out = tmp_path / "mine", tmp_path / "out"
+    folder, root = tmp_path / "mine", tmp_path / "shared"
     folder.mkdir()
-    text = STUDY.format(run=tiny_config).replace("data/test", str(generated_data / "test"))
-    (folder / "study.yaml").write_text(text.replace("images: 1024", "images: 4096"))
-    assert submit_study(folder / "study.yaml", address=head, out=out) == 0
+    root.mkdir()
+    (root / "generated").symlink_to(generated_data)
+    (folder / "run.yaml").write_text(f"base: {tiny_config}\ndata: {{train: generated/train}}\n")
+    study, out = folder / "study.yaml", root / "runs" / "outside"
+    text = STUDY.format(run="run.yaml").replace("data/test", "generated/test")
+    study.write_text(text.replace("images: 1024", "images: 4096"))
+
+    assert submit_study(study, address=head, root=root) == 0
     job = capfd.readouterr().out.split("as job ")[1].split()[0]
     server = JobServer(head)
     wait_for(server, job, lambda: list(out.glob("trials/*/exports/*/manifest.json")))
@@ -317,15 +322,14 @@ def test_studies_on_a_real_head(
     saved = {path.name for path in out.glob("trials/*/checkpoints/*")} - {"000000000512"}
     assert saved
 
-    assert (
-        submit_study(folder / "study.yaml", address=head, out=out, overrides=["budget.images=8192"], follow=True) == 0
-    )
+    command = [sys.executable, "-m", "cluster.study", "submit", str(study), "--address", head]
+    done = subprocess.run([*command, "--root", str(root), "--follow"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "evaluated" in done.stdout
     assert len(list(out.glob("trials/*/result.json"))) == 2
     assert (out / "law" / "points.csv").exists()
-    said = capfd.readouterr().out
-    assert "evaluated" in said
     wrong = ["evaluation.test=/nowhere/test"]
-    assert submit_study(folder / "study.yaml", address=head, out=tmp_path / "no", overrides=wrong) == 2
+    assert submit_study(study, address=head, out=tmp_path / "no", overrides=wrong) == 2
     assert "error: there is no folder /nowhere/test" in capfd.readouterr().out
 
 
