@@ -81,7 +81,8 @@ class RayBackend:
         self._addresses: dict[str, str] = {}
         self._ports: dict[str, tuple[str, int]] = {}  # where each node's own process listens
         self._silent: set[str] = set()  # nodes that Ray, which takes its time, believes alive and that do not answer
-        self._looked_at = self._wanted_at = float("-inf")
+        self._versions: dict[str, str] = {}
+        self._looked_at = self._wanted_at = self._read_at = float("-inf")
         self._wanted: list[dict[str, float]] = []
         self._cwd = Path.cwd()
 
@@ -121,7 +122,7 @@ class RayBackend:
     # ---- jobs ---------------------------------------------------------------------------------------------------
 
     def start(self, placement: Placement) -> None:
-        sent = Sent(time.time(), self._cwd, environment() if self._compares else None)
+        sent = Sent(time.time(), self._cwd, self._environment() if self._compares else None)
         if isinstance(placement.job, TrialJob):
             running, references = self._start_trial(placement, placement.job, sent)
         else:
@@ -165,6 +166,11 @@ class RayBackend:
             self._wanted_at = float("-inf")
             self.want([])  # the cluster may shrink again
         self._ray.shutdown()
+
+    def _environment(self) -> dict[str, str]:
+        if self.now() - self._read_at > _NODES_SECONDS:
+            self._versions, self._read_at = environment(), self.now()
+        return self._versions
 
     # ---- starting -----------------------------------------------------------------------------------------------
 

@@ -15,7 +15,7 @@ CODE = "this project's code"
 
 
 def environment() -> dict[str, str]:
-    """Versions by name, as they are on this machine's disk now: who edits the code under a driver edits its workers' too.
+    """Versions by name, as they are on this machine's disk now: an edit of the code that all share is no skew.
 
     Of a package's version its public part: a GPU node has another build than a login node.
     """
