@@ -140,14 +140,17 @@ class Ladder(Section):
             )
 
     def _check_label(self) -> None:
-        for number in range(len(self.values)):
+        labels = []
+        for number, value in enumerate(self.values):
             try:
-                self.size_label(number)
+                labels.append(self.size_label(number))
             except (KeyError, IndexError, ValueError, AttributeError):
                 raise ValueError(
                     f"ladder.label={self.label!r}: only {{key}} and {{value}} can stand in it, and numbers alone can "
-                    f"have a format (here the value is {self.values[number]!r})"
+                    f"have a format (here the value is {value!r})"
                 ) from None
+        if len(set(labels)) < len(labels):
+            raise ValueError(f"ladder.label={self.label!r} makes {labels}: each size needs a label of its own")
 
 
 def value_name(value: Any) -> str:

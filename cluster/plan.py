@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +194,9 @@ def _schedule(
     study: StudyConfig, trials: Sequence[Trial], costs: Mapping[str, TrialCost], nodes: Mapping[str, Resources]
 ) -> Schedule:  # fmt: skip
     by_name = {trial.name: trial for trial in trials}
+    evaluations = lru_cache(maxsize=None)(
+        lambda name, nimg: _evaluations(study, by_name[name], nimg)
+    )  # asked for often
     simulated = [
         SimulatedTrial(
             TrialJob(t.name, Path(t.name), trial_shapes(study, t), costs[t.name].seconds, t.priority),
@@ -200,10 +204,7 @@ def _schedule(
         )
         for t in trials
     ]
-    return simulated_schedule(
-        simulated, nodes, lambda name, nimg: _evaluations(study, by_name[name], nimg),
-        eval_share=study.resources.eval_share,
-    )  # fmt: skip
+    return simulated_schedule(simulated, nodes, evaluations, eval_share=study.resources.eval_share)
 
 
 def _evaluations(study: StudyConfig, trial: Trial, nimg: int) -> list[EvalJob]:

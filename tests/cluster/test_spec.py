@@ -97,6 +97,7 @@ def test_studies_inherit(study_file: Path, tmp_path: Path) -> None:
         ("ladder.values=[8,8]", ["ladder.values=[8, 8]", "twice"]),
         ("ladder.label='C={size}'", ["ladder.label='C={size}'", "{key}"]),
         ("run=nowhere.yaml", ["run=nowhere.yaml", "no such file"]),
+        ("ladder.label=small", ["ladder.label='small'", "['small', 'small']", "of its own"]),
         ("resources.gpus=4", ["resources.gpus=4", "resources.num_processes=1"]),
         ("evaluation.num_points=0", ["evaluation.num_points=0"]),
         ("name=a/b", ["name='a/b'"]),
