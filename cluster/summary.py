@@ -63,7 +63,7 @@ def draw_history(folder: StudyFolder, history: History, path: Path) -> None:
     from evaluation.report.figures import save_figure
 
     study, nodes = folder.study, history.nodes
-    if not (study.resources.gpus or study.resources.eval_gpus):
+    if not any(start.per_node.gpus for start in history.starts):
         nodes = {node: Resources(has.cpus) for node, has in nodes.items()}
     several = len(study.seeds) > 1
     looks = {

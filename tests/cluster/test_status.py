@@ -97,7 +97,7 @@ def test_the_file_says_what_runs_where_and_what_became_of_it(folder: StudyFolder
 def test_a_job_that_no_node_can_hold_is_named(folder: StudyFolder) -> None:
     snapshots = Snapshots(folder)
     gone = (NodeEvent(10, "n1"), NodeEvent(10, "n2"), NodeEvent(10, "n3", Resources(cpus=1)))
-    Drive(folder, {}, (*gone, NodeEvent(400, "n1", Resources(cpus=2)))).run(snapshots)
+    Drive(folder, {}, (*gone, NodeEvent(30, "n1", Resources(cpus=2)))).run(snapshots)
     homeless = [s["homeless"] for s in snapshots.seen if s["homeless"]]
     assert homeless[0] == [{"key": SMALL, "needs": "2 CPUs"}]
     assert snapshots.seen[-1]["homeless"] == []
