@@ -162,6 +162,9 @@ class _Status:
 
     def _amiss(self) -> list[str]:
         found = []
+        others = [name for name in self.said.get("trials", {}) if name not in self.folder.trials]
+        if self.tells and others:
+            found.append(f"the driver has another study file: {', '.join(others[:3])}{', ...' * (len(others) > 3)}")
         for job in self.said.get("homeless", ()) if self.tells else ():
             found.append(f"waits for devices that no node has: {job['key']} needs {job['needs']}")
         for name, trouble in self.said.get("troubles", {}).items():

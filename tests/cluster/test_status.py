@@ -195,6 +195,12 @@ def test_of_very_many_trials_the_interesting_ones_are_shown(folder: StudyFolder)
     assert "and 1 waiting" in table
 
 
+def test_trials_that_only_the_driver_knows_are_named(folder: StudyFolder) -> None:
+    """Its study file was edited after this one was read."""
+    pretend_driver(folder, trials={SMALL: {"state": "waiting"}, "channels16-seed0": {"state": "running"}})
+    assert "the driver has another study file: channels16-seed0" in status_table(folder)
+
+
 def test_watching_ends_when_all_is_done(folder: StudyFolder, capsys: pytest.CaptureFixture[str]) -> None:
     for trial in folder.trials:
         train(folder, trial, 64, done=True)
