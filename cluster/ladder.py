@@ -19,7 +19,7 @@ from trainer.config import Section, merge
 # From small to large: light to dark, as in the figures; readable on white and by the colour-blind.
 _COLOURS = ("#86d549", "#35b779", "#20938c", "#2e6e8e", "#404588", "#471365")
 # Keys of a run that the study itself sets, and where it is told to.
-_OF_THE_STUDY = {
+OF_THE_STUDY = {
     "name": "ladder.label", "seed": "seeds", "run.folder": "--out", "train.budget_images": "budget.images",
     "train.budget_flops": "budget.flops", "train.export_images": "evaluation.images or evaluation.flops",
     "engine.num_cpu_threads": "resources.cpus", "tracking.mlflow": "tracking.mlflow",
@@ -93,7 +93,7 @@ class Ladder(Section):
                 raise ValueError(f"ladder.values={list(self.values)} names {value!r} twice; each rung is one size")
             if isinstance(value, dict):
                 raise ValueError(f"ladder.values: {value} is a section; a rung is the value of one key")
-        for key, owner in _OF_THE_STUDY.items():
+        for key, owner in OF_THE_STUDY.items():
             if key == self.key or key in self.rules:
                 raise ValueError(f"ladder: {key} is set by the study itself; use {owner}")
         if self.key in self.rules:

@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from cluster.ladder import Ladder
+from cluster.ladder import OF_THE_STUDY, Ladder
 from data_pipeline.errors import ConfigError
 from trainer.config import Place, SamplingConfig, Section, merge, parse_overrides, read_tree, validate
 from trainer.mirror_store import shown, url_problem
@@ -198,6 +198,16 @@ class StudyConfig(Section):
     def _no_double_seeds(self) -> StudyConfig:
         if len(set(self.seeds)) != len(self.seeds):
             raise ValueError(f"seeds={list(self.seeds)} names a seed twice")
+        return self
+
+    @model_validator(mode="after")
+    def _settings_count(self) -> StudyConfig:
+        for key, owner in OF_THE_STUDY.items():
+            part: Any = nest(self.settings)
+            for name in key.split("."):
+                part = part.get(name) if isinstance(part, dict) else None
+            if part is not None:
+                raise ValueError(f"settings: {key}={part!r} would be replaced by the study; use {owner}")
         return self
 
     @field_validator("mirror")

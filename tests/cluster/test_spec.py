@@ -104,6 +104,8 @@ def test_studies_inherit(study_file: Path, tmp_path: Path) -> None:
         ("budget.images=0", ["budget.images=0"]),
         ("ladder.key=seed", ["seed is set by the study itself", "use seeds"]),
         ("ladder.key=train.budget_images", ["train.budget_images", "use budget.images"]),
+        ("settings.train.budget_images=9", ["settings: train.budget_images=9", "use budget.images"]),
+        ("settings={train.export_images: [8]}", ["train.export_images=[8]", "use evaluation.images"]),
         ("ladder.key=train.lr", ["ladder.rules.train.lr", "own key"]),
         ("ladder.values=[a,b]", ["ladder.values=['a', 'b']", "train.lr", "positive number", "table"]),
         ("ladder.values=[8,-8]", ["ladder.values=[8, -8]", "positive number"]),
