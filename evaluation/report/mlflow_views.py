@@ -180,8 +180,9 @@ def _throughput_view() -> SavedView:
 
 def _trials_view(metrics: Sequence[str]) -> SavedView:
     """A table: a row a trial, how it is doing and where."""
-    columns = [*(f"metrics.`{metric}`" for metric in metrics), "metrics.`speed/img_per_second`"]
-    columns += [f"tags.`{name}`" for name in ("size", "seed", "state", "progress", "device", "retries", "last_trouble")]
+    # The UI puts metrics before tags: only the main one, so that all of a trial's state is seen at once.
+    columns = [f"metrics.`{metric}`" for metric in metrics[:1]]
+    columns += [f"tags.`{name}`" for name in ("state", "progress", "device", "retries", "last_trouble")]
     return _of_trials("trials", "Trials", "a row a trial: state, progress, device, retries, last trouble", (), columns)
 
 
