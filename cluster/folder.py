@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.costs import evaluation_seconds, trial_seconds
-from cluster.divergence import LossWatch
+from cluster.divergence import ErrorWatch
 from cluster.jobs import Changes, EvalJob, TrialJob
 from cluster.portable import save_portable
 from cluster.shapes import eval_shape, trial_shapes
@@ -34,7 +34,7 @@ from trainer.run_folder import check_same_run
 from trainer.tracking.records import EvalRecord, TrainRecord, read_result, segments
 
 MICRO_BATCH = "micro_batch.json"  # in a run's folder: what it was reduced to after running out of memory
-_LOSS_SECONDS = 5.0  # between two looks at a trial's losses
+_ERROR_SECONDS = 5.0  # between two looks at a trial's errors
 _LOOK_SECONDS = 0.003  # what one look at a folder may take on a slow file system; a tenth of the time is spent so
 
 
@@ -47,8 +47,8 @@ class StudyFolder:
         self.trials = {trial.name: trial for trial in trials}
         self.look_for_changes: Callable[[], Changes] = Changes
         self._exports_seen: dict[str, int] = {}  # when the folder of exports last changed
-        self._losses: dict[str, LossWatch] = {}
-        self._look_at = {"exports": 0.0, "losses": 0.0}
+        self._errors: dict[str, ErrorWatch] = {}
+        self._look_at = {"exports": 0.0, "errors": 0.0}
 
     def run_folder(self, trial: str) -> Path:
         return self.path / "trials" / trial
@@ -148,11 +148,11 @@ class StudyFolder:
 
     def diverging(self, trials: Iterable[str]) -> Mapping[str, str]:
         rule, trials = self.study.early_stop, list(trials)
-        if rule is None or not self._is_time("losses", max(_LOSS_SECONDS, 10 * _LOOK_SECONDS * len(trials))):
+        if rule is None or not self._is_time("errors", max(_ERROR_SECONDS, 10 * _LOOK_SECONDS * len(trials))):
             return {}
         found = {}
         for name in trials:
-            why = self._losses.setdefault(name, LossWatch(rule)).look(self.run_folder(name))
+            why = self._errors.setdefault(name, ErrorWatch(rule)).look(self.run_folder(name))
             if why is not None:
                 found[name] = why
         return found

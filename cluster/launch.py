@@ -326,8 +326,8 @@ def _connect(ray: Any, address: str | None) -> None:
     except (ConnectionError, ValueError, RuntimeError, TimeoutError) as error:
         where = address or "this machine"
         raise UserError(
-            f"Ray could not be started or reached at {where}: {error}. Check the address (`ray status`), "
-            "or leave out --address to use this machine."
+            f"Ray could not be started or reached at {where}: {error}. Check the address (`ray status`) and, where the "
+            "cluster asks for a token, RAY_AUTH_MODE=token with the token; or leave out --address to use this machine."
         ) from None
 
 

@@ -143,10 +143,10 @@ class ClusterConfig(Section):
 
 
 class EarlyStop(Section):
-    """When a trial has diverged: its median loss over a window is so many times the lowest such median before."""
+    """When a trial has diverged: all errors of a window are above so many times the lowest median of a window before."""
 
-    loss_factor: float = Field(default=4.0, gt=1)
-    window: int = Field(default=5, ge=1)  # training records, one every train.log_every_images
+    loss_factor: float = Field(default=4.0, gt=1)  # of train/mse
+    window: int = Field(default=10, ge=1)  # training records, one every train.log_every_images
 
 
 class RetryConfig(Section):
