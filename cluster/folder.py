@@ -7,7 +7,6 @@ STUDY/ study.yaml (with its run configs: all that `run` needs)  study.lock  tria
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import time
@@ -26,7 +25,7 @@ from cluster.spec import StudyConfig
 from cluster.trials import Trial, trial_config
 from cluster.verdicts import State, read_verdict, write_verdict
 from data_pipeline.errors import ConfigError, UserError
-from data_pipeline.files import write_json
+from data_pipeline.files import is_locked, take_lock, write_json
 from trainer.checkpoint import list_checkpoints
 from trainer.config import RunConfig, load_config, save_config
 from trainer.memory import divisors
@@ -63,7 +62,7 @@ class StudyFolder:
         self.path.mkdir(parents=True, exist_ok=True)
         with open(self.path / "study.lock", "a+", encoding="utf-8") as file:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                take_lock(file)
             except BlockingIOError:
                 file.seek(0)
                 raise UserError(
@@ -78,7 +77,7 @@ class StudyFolder:
     def driver(self) -> str | None:
         """Who drives the study now; None where nobody does."""
         path = self.path / "study.lock"
-        if not path.exists() or not _is_locked(path):
+        if not path.exists() or not is_locked(path):
             return None
         return path.read_text(encoding="utf-8").strip() or "another process"
 
@@ -251,7 +250,7 @@ class StudyFolder:
     def is_training(self, trial: str) -> bool:
         """Does a training process hold the run's folder?"""
         path = self.run_folder(trial) / "run.lock"
-        return path.exists() and _is_locked(path)
+        return path.exists() and is_locked(path)
 
     def last_record(self, trial: str) -> TrainRecord | None:
         """The newest training record, from the end of the newest segment."""
@@ -342,16 +341,6 @@ def _names_in(folder: Path) -> set[str]:
         return set(os.listdir(folder))
     except FileNotFoundError:
         return set()
-
-
-def _is_locked(path: Path) -> bool:
-    """Does a process, here or elsewhere, hold this lock?"""
-    with open(path, "rb") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
 
 
 def _last_line(path: Path) -> bytes:

@@ -110,7 +110,7 @@ class Outcome:
     job: Job
     status: Status
     message: str = ""
-    startup: float | None = None  # of a trial: seconds from the decision to its first step
+    startup: float | None = None  # seconds from the decision to its first step, or to the beginning of an evaluation
 
 
 class Backend(Protocol):

@@ -7,7 +7,6 @@ themselves: whoever kills the process that started them ends them too, after the
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.jobs import Status
+from data_pipeline.files import is_locked
 from trainer.exits import Exit
 from trainer.ports import free_port
 
@@ -170,13 +170,7 @@ def started_at(folder: Path) -> float | None:
 def wait_for_lock(path: Path, seconds: float) -> None:
     """Wait until nobody holds a run folder: processes of an earlier life may still be saving."""
     deadline = time.monotonic() + seconds
-    while path.exists() and time.monotonic() < deadline:
-        with open(path, "rb") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                return  # closing the file gives it back
-            except BlockingIOError:
-                pass
+    while path.exists() and is_locked(path) and time.monotonic() < deadline:
         time.sleep(0.5)
 
 

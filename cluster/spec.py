@@ -143,7 +143,7 @@ class ClusterConfig(Section):
 
 
 class EarlyStop(Section):
-    """When a trial has diverged: all errors of a window are above so many times the lowest median of a window before."""
+    """When a trial has diverged: all errors of a window are so many times the lowest median of a window before."""
 
     loss_factor: float = Field(default=4.0, gt=1)  # of train/mse
     window: int = Field(default=10, ge=1)  # training records, one every train.log_every_images

@@ -27,7 +27,7 @@ class Ended:
 
     status: Status
     message: str = ""
-    startup: float | None = None  # seconds from when it was sent to the trial's first step, where it is known here
+    startup: float | None = None  # seconds from when it was sent to its first step, where that is known here
 
 
 @dataclass(frozen=True)
@@ -104,6 +104,7 @@ class EvalWorker:
         from evaluation.chunks import Shard
         from evaluation.evaluate import evaluate_to
 
+        startup = time.time() - sent.time
         try:
             evaluate_to(out, export, request, shard=Shard(*shard), progress=False)
         except Exception as error:  # whatever it is, the trial's folder should say where it came from
@@ -111,7 +112,7 @@ class EvalWorker:
             if known is None:
                 return Ended("failed", _write_down(export.parent.parent, error))
             return _ended(known)
-        return Ended("done")
+        return Ended("done", startup=startup)
 
 
 _STATUS: dict[int, Status] = {

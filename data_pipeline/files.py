@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
 import platform
+import time
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 _BLOCK = 1 << 20
+_LOCK_SECONDS = 2.0
 
 
 def sha256_file(path: Path) -> str:
@@ -54,3 +57,29 @@ def write_atomic(path: Path, content: str | bytes) -> None:
 def write_json(path: Path, value: Any) -> None:
     """Write `value` as indented JSON, atomically."""
     write_atomic(path, json.dumps(value, indent=2) + "\n")
+
+
+def take_lock(file: IO[str]) -> None:
+    """Hold an open file until it is closed.
+
+    Raises BlockingIOError when somebody else does, for longer than a moment: `is_locked` holds it so long.
+    """
+    until = time.monotonic() + _LOCK_SECONDS
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError:
+            if time.monotonic() > until:
+                raise
+        time.sleep(0.1)
+
+
+def is_locked(path: Path) -> bool:
+    """Does a process, here or on another host that sees the storage, hold this file?"""
+    with open(path, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False

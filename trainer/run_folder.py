@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import os
 import shutil
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import AgreedError, ConfigError, UserError
-from data_pipeline.files import write_json
+from data_pipeline.files import take_lock, write_json
 from trainer.config import RunConfig, load_config, save_config
 from trainer.exits import BusyError
 
@@ -126,7 +125,7 @@ class RunFolder:
             ) from None
         with open(self.path / "run.lock", "a+", encoding="utf-8") as file, naming_a_full_disk(self.path):
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                take_lock(file)
             except BlockingIOError:
                 file.seek(0)
                 holder = file.read().strip() or "another process"

@@ -219,7 +219,7 @@ def test_an_error_that_has_left_its_own_level_is_noticed(tmp_path: Path) -> None
     write_errors(tmp_path, [0.9, 0.8, 0.9], first=9)
     said = watch.look(tmp_path)
     assert said is not None
-    assert "diverged at 80 images" in said
+    assert "diverged at 88 images" in said
     assert "0.8 and more, is above early_stop.loss_factor=4 times the 0.1" in said
     assert watch.look(tmp_path) is None  # nothing new
 

@@ -122,8 +122,8 @@ def test_only_this_starts_output_is_judged(start) -> None:  # type: ignore[no-un
 
 @pytest.mark.parametrize(
     ("code", "status"),
-    [(0, "done"), (2, "user_error"), (3, "stopped"), (5, "diverged"), (6, "out_of_memory"), (7, "lost"), (8, "no_space"),
-     (1, "failed"), (4, "failed"), (-9, "failed")],
+    [(0, "done"), (2, "user_error"), (3, "stopped"), (5, "diverged"), (6, "out_of_memory"), (7, "lost"),
+     (8, "no_space"), (1, "failed"), (4, "failed"), (-9, "failed")],
 )  # fmt: skip
 def test_each_exit_code_has_its_meaning(code: int, status: str) -> None:
     assert classify(code, "error: this is why")[0] == status
