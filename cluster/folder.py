@@ -10,8 +10,8 @@ import contextlib
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from cluster.spec import StudyConfig
 from cluster.trials import Trial, trial_config
 from cluster.verdicts import State, read_verdict, write_verdict
 from data_pipeline.errors import ConfigError, UserError
-from data_pipeline.files import is_locked, take_lock, write_json
+from data_pipeline.files import held, is_locked, write_json
 from trainer.checkpoint import list_checkpoints
 from trainer.config import RunConfig, load_config, save_config
 from trainer.memory import divisors
@@ -56,23 +56,15 @@ class StudyFolder:
     def law(self) -> Path:
         return self.path / "law"
 
-    @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self) -> AbstractContextManager[None]:
         """Hold the study for one driver. Raises UserError when another has it."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        with open(self.path / "study.lock", "a+", encoding="utf-8") as file:
-            try:
-                take_lock(file)
-            except BlockingIOError:
-                file.seek(0)
-                raise UserError(
-                    f"the study in {self.path} is being driven by {file.read().strip() or 'another process'}. Wait for "
-                    "it, watch it with `python -m cluster.study status`, or give another folder with --out."
-                ) from None
-            file.truncate(0)
-            file.write(f"process {os.getpid()} on {os.uname().nodename}")
-            file.flush()
-            yield
+        return held(
+            self.path / "study.lock",
+            lambda holder: UserError(
+                f"the study in {self.path} is being driven by {holder}. Wait for it, watch it with `python -m "
+                "cluster.study status`, or give another folder with --out."
+            ),
+        )
 
     def driver(self) -> str | None:
         """Who drives the study now; None where nobody does."""

@@ -8,6 +8,8 @@ import json
 import os
 import platform
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
@@ -59,20 +61,32 @@ def write_json(path: Path, value: Any) -> None:
     write_atomic(path, json.dumps(value, indent=2) + "\n")
 
 
-def take_lock(file: IO[str]) -> None:
-    """Hold an open file until it is closed.
+@contextmanager
+def held(path: Path, refusal: Callable[[str], Exception]) -> Iterator[None]:
+    """Hold a lock file, with our name in it. Released when the block or the process ends.
 
-    Raises BlockingIOError when somebody else does, for longer than a moment: `is_locked` holds it so long.
+    Raises `refusal(holder)` while another process has it, for longer than the moment that `is_locked` takes.
     """
-    until = time.monotonic() + _LOCK_SECONDS
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+", encoding="utf-8") as file:
+        until = time.monotonic() + _LOCK_SECONDS
+        while not _take(file):
             if time.monotonic() > until:
-                raise
-        time.sleep(0.1)
+                file.seek(0)
+                raise refusal(file.read().strip() or "another process")
+            time.sleep(0.1)
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
+
+
+def _take(file: IO[str]) -> bool:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def is_locked(path: Path) -> bool:

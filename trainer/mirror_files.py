@@ -6,21 +6,20 @@ complete if they hold a manifest, and never change. All other files are plain.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
 import re
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UserError
-from data_pipeline.files import write_atomic
+from data_pipeline.files import held, write_atomic
 
 MANIFEST = "manifest.json"
 _SEALED = re.compile(r"((?:.+/)?(?:checkpoints|exports)/\d+)/[^/]+")
@@ -146,7 +145,7 @@ class Cursor:
     @contextmanager
     def lock(self) -> Iterator[None]:
         """Hold the folder's traffic with this mirror. Raises UserError when another process has it."""
-        with held(self.lock_path, "is being pushed to or pulled from this mirror"):
+        with held(self.lock_path, in_use(self.lock_path.parent, "is being pushed to or pulled from this mirror")):
             self._load()  # what the former holder left
             yield
 
@@ -178,18 +177,6 @@ class Cursor:
             pass  # all is looked at again
 
 
-@contextmanager
-def held(path: Path, use: str) -> Iterator[None]:
-    """Hold a lock file. Raises UserError, saying that its folder `use`, while another process does."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+", encoding="utf-8") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            holder = file.read().strip() or "another process"
-            raise UserError(f"{path.parent} {use} by {holder}. Wait for it, or stop it.") from None
-        file.truncate(0)
-        file.write(f"process {os.getpid()}")
-        file.flush()
-        yield
+def in_use(folder: Path, use: str) -> Callable[[str], UserError]:
+    """The refusal of a folder that another process has."""
+    return lambda holder: UserError(f"{folder} {use} by {holder}. Wait for it, or stop it.")

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UserError
-from data_pipeline.files import file_entry, fsync_file, write_atomic
+from data_pipeline.files import file_entry, fsync_file, held, write_atomic
 from trainer.mirror_files import (
     MANIFEST,
     Cursor,
     Part,
     file_mark,
-    held,
+    in_use,
     is_growing,
     manifest_entries,
     number,
@@ -56,9 +56,10 @@ class Pull:
         root = parts.pop("")
         lock = "run.lock" if root.identity in root.plain else "study.lock"
         try:
-            with held(self.folder / lock, "is in use"):
+            with held(self.folder / lock, in_use(self.folder, "is in use")):
                 for part in parts.values():
-                    with held(self.folder / part.prefix / "run.lock", "is in use"):
+                    run = self.folder / part.prefix
+                    with held(run / "run.lock", in_use(run, "is in use")):
                         self._pull_part(part)
                 self._pull_part(root)  # last: a study's own files tell of its trials
         finally:

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import AgreedError, ConfigError, UserError
-from data_pipeline.files import take_lock, write_json
+from data_pipeline.files import held, write_json
 from trainer.config import RunConfig, load_config, save_config
 from trainer.exits import BusyError
 
@@ -123,20 +123,14 @@ class RunFolder:
                 f"run.folder={self.path} cannot be made: {error.filename} is, or lies in, a file and not a folder. "
                 "Choose another run.folder=..., or move that file away."
             ) from None
-        with open(self.path / "run.lock", "a+", encoding="utf-8") as file, naming_a_full_disk(self.path):
-            try:
-                take_lock(file)
-            except BlockingIOError:
-                file.seek(0)
-                holder = file.read().strip() or "another process"
-                raise BusyError(
-                    f"{self.path} is in use by {holder}: two jobs on one run folder would spoil it. "
-                    "Wait for it or stop it, or choose another run.folder=..."
-                ) from None
-            file.truncate(0)
-            file.write(f"process {os.getpid()}")
-            file.flush()
+        with naming_a_full_disk(self.path), held(self.path / "run.lock", self._in_use):
             yield
+
+    def _in_use(self, holder: str) -> BusyError:
+        return BusyError(
+            f"{self.path} is in use by {holder}: two jobs on one run folder would spoil it. "
+            "Wait for it or stop it, or choose another run.folder=..."
+        )
 
 
 @contextmanager
