@@ -20,11 +20,11 @@ import time
 import zlib
 from pathlib import Path
 
-from cluster.driver import run_jobs, waiting_trials
-from cluster.jobs import EvalJob, Job, Resources, Shape, Status, TrialJob
-from cluster.plan import format_table
-from cluster.scheduler import Scheduler
-from cluster.simulate import SimulatedCluster, SimulatedTrial, lower_bound, simulated_eval
+from cluster.planning.plan import format_table
+from cluster.scheduling.driver import run_jobs, waiting_trials
+from cluster.scheduling.jobs import EvalJob, Job, Resources, Shape, Status, TrialJob
+from cluster.scheduling.scheduler import Scheduler
+from cluster.scheduling.simulate import SimulatedCluster, SimulatedTrial, lower_bound, simulated_eval
 
 NUM_EVALUATIONS = 10  # a trial
 GPUS_A_NODE = 8

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.folder import StudyFolder
+from cluster.files.folder import StudyFolder
 from cluster.words import flops, format_table
 from data_pipeline.files import write_atomic, write_json
 from evaluation.report import study_report

@@ -8,21 +8,21 @@ import sys
 from collections.abc import Mapping
 from contextlib import ExitStack
 
-from cluster.display import Display
-from cluster.driver import Summary, Watcher, is_complete, run_jobs, waiting_trials
-from cluster.edits import Edits
-from cluster.fits import check_fits_memory, check_fits_storage
-from cluster.folder import StudyFolder, requests
+from cluster.definition.spec import StudyConfig
+from cluster.definition.trials import data_folders
+from cluster.files.edits import Edits
+from cluster.files.folder import StudyFolder, requests
 from cluster.heartbeat import heartbeat
-from cluster.jobs import Resources, TrialJob
-from cluster.journal import Journal
-from cluster.names import NodeNames
-from cluster.scheduler import Scheduler
-from cluster.spec import StudyConfig
-from cluster.status import StatusFile
-from cluster.summary import write_summary
-from cluster.trials import data_folders
-from cluster.troubles import RetryPolicy
+from cluster.planning.fits import check_fits_memory, check_fits_storage
+from cluster.scheduling.driver import Summary, Watcher, is_complete, run_jobs, waiting_trials
+from cluster.scheduling.jobs import Resources, TrialJob
+from cluster.scheduling.scheduler import Scheduler
+from cluster.scheduling.troubles import RetryPolicy
+from cluster.watching.display import Display
+from cluster.watching.journal import Journal
+from cluster.watching.names import NodeNames
+from cluster.watching.status import StatusFile
+from cluster.watching.summary import write_summary
 from data_pipeline.errors import INTERRUPTED_EXIT, UserError
 from trainer.tracking.follow import SyncProcess
 
@@ -81,7 +81,7 @@ def promised_nodes(study: StudyConfig) -> Mapping[str, Resources]:
 
 
 def _run_missing(folder: StudyFolder, edits: Edits, jobs: list[TrialJob], address: str | None) -> Summary:
-    from cluster.launch import RayBackend
+    from cluster.launch.ray_backend import RayBackend
     from cluster.tracking import write_page
 
     study = folder.study

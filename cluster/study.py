@@ -28,9 +28,9 @@ from cluster.heartbeat import heartbeat
 from data_pipeline.errors import UserError, run_cli
 
 if TYPE_CHECKING:  # torch, which counts the FLOPs, takes seconds to import
-    from cluster.folder import StudyFolder
-    from cluster.spec import StudyConfig
-    from cluster.trials import Trial
+    from cluster.definition.spec import StudyConfig
+    from cluster.definition.trials import Trial
+    from cluster.files.folder import StudyFolder
 
 # Which actions an option has a meaning for.
 _MEANT_FOR = {
@@ -60,7 +60,7 @@ def main() -> int:
 
 
 def _run(args: argparse.Namespace, folder: StudyFolder, file: Path) -> int:
-    from cluster.edits import Edits
+    from cluster.files.edits import Edits
     from cluster.run import run_study
 
     with folder.lock():
@@ -69,8 +69,8 @@ def _run(args: argparse.Namespace, folder: StudyFolder, file: Path) -> int:
 
 
 def _plan(args: argparse.Namespace, folder: StudyFolder) -> int:
-    from cluster.fits import check_fits_storage
-    from cluster.plan import plan_report
+    from cluster.planning.fits import check_fits_storage
+    from cluster.planning.plan import plan_report
 
     trials = list(folder.trials.values())
     report = plan_report(folder.study, trials)
@@ -88,7 +88,7 @@ def _plan(args: argparse.Namespace, folder: StudyFolder) -> int:
 
 
 def _status(args: argparse.Namespace, folder: StudyFolder) -> int:
-    from cluster.status_table import status_table, watch
+    from cluster.watching.status_table import status_table, watch
 
     if args.watch:
         watch(folder)
@@ -98,7 +98,7 @@ def _status(args: argparse.Namespace, folder: StudyFolder) -> int:
 
 
 def _logs(args: argparse.Namespace, folder: StudyFolder) -> int:
-    from cluster.logs import show_logs
+    from cluster.watching.logs import show_logs
 
     show_logs(folder, _known(args.trial, folder), follow=args.follow)
     return 0
@@ -113,8 +113,8 @@ def _report(args: argparse.Namespace, folder: StudyFolder) -> int:
 
 
 def _update(args: argparse.Namespace, folder: StudyFolder) -> int:
-    from cluster.edits import NEXT
-    from cluster.portable import save_portable
+    from cluster.definition.portable import save_portable
+    from cluster.files.edits import NEXT
 
     driver = _driver(folder, "there is nothing to tell: `run` reads the file anyway")
     save_portable(folder.study, folder.path, NEXT)
@@ -123,7 +123,7 @@ def _update(args: argparse.Namespace, folder: StudyFolder) -> int:
 
 
 def _cancel(args: argparse.Namespace, folder: StudyFolder) -> int:
-    from cluster.verdicts import ask_to_stop, write_verdict
+    from cluster.files.verdicts import ask_to_stop, write_verdict
 
     if not args.trial:
         driver = _driver(folder, "there is nothing to stop")
@@ -138,7 +138,7 @@ def _cancel(args: argparse.Namespace, folder: StudyFolder) -> int:
 
 
 def _restart(args: argparse.Namespace, folder: StudyFolder) -> int:
-    from cluster.verdicts import remove_verdict
+    from cluster.files.verdicts import remove_verdict
 
     if not args.trial:
         raise UserError("restart needs --trial NAME: `status` shows which trials were cancelled or diverged.")
@@ -158,15 +158,15 @@ _ACTIONS = {
 
 
 def _load(file: Path, overrides: list[str]) -> tuple[StudyConfig, list[Trial]]:
-    from cluster.spec import load_study
-    from cluster.trials import make_trials
+    from cluster.definition.spec import load_study
+    from cluster.definition.trials import make_trials
 
     study = load_study(file, overrides)
     return study, make_trials(study)
 
 
 def _folder(args: argparse.Namespace, study: StudyConfig, trials: list[Trial]) -> StudyFolder:
-    from cluster.folder import StudyFolder
+    from cluster.files.folder import StudyFolder
 
     return StudyFolder(args.out or Path("runs") / study.name, study, trials)
 

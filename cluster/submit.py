@@ -18,9 +18,9 @@ from urllib.parse import urlsplit
 
 import yaml
 
+from cluster.definition.spec import StudyConfig, load_study
 from cluster.heartbeat import heartbeat
-from cluster.jobs_api import JobServer, JobState
-from cluster.spec import StudyConfig, load_study
+from cluster.launch.job_server import JobServer, JobState
 from data_pipeline.errors import INTERRUPTED_EXIT, UserError
 from trainer.config import read_tree, save_config
 
@@ -54,7 +54,7 @@ def submit_study(
     _check_folders(root, out)
     environment = _chosen(env) | {"RAY_JOB_STOP_WAIT_TIME_S": str(_STOP_SECONDS)}
     with heartbeat("reading the study"):
-        from cluster.trials import make_trials
+        from cluster.definition.trials import make_trials
 
         study = load_study(study_file, overrides)
         make_trials(study)  # what cannot be trained is said here, not in a log

@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cluster.folder import StudyFolder
-from cluster.spec import StudyConfig
+from cluster.definition.spec import StudyConfig
+from cluster.files.folder import StudyFolder
 from data_pipeline.errors import UserError
 from data_pipeline.files import write_json
 from evaluation.report.mlflow_views import REPORT, address_of_tag, artifact_address, experiment_tags

@@ -10,9 +10,9 @@ import numpy as np
 import yaml
 from PIL import Image
 
-from cluster.folder import StudyFolder
-from cluster.spec import load_study
-from cluster.trials import Trial, make_trials
+from cluster.definition.spec import load_study
+from cluster.definition.trials import Trial, make_trials
+from cluster.files.folder import StudyFolder
 from trainer.tracking.records import EvalRecord, RecordWriter, TrainRecord, read_eval_records
 
 SIZES, SEEDS, NUM_POINTS = (4, 8, 12, 16), (0, 1, 2), 8

@@ -7,17 +7,17 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from cluster.driver import Summary, Watcher, run_jobs
-from cluster.folder import StudyFolder
-from cluster.jobs import EvalJob, Job, Resources, Shape, Status, TrialJob
-from cluster.journal import EVENTS, Event, Journal, read_events
-from cluster.names import NodeNames
-from cluster.scheduler import Scheduler
-from cluster.simulate import NodeEvent, SimulatedCluster, SimulatedTrial, simulated_eval
-from cluster.spec import load_study
-from cluster.status import StatusFile
-from cluster.trials import make_trials
-from cluster.troubles import RetryPolicy
+from cluster.definition.spec import load_study
+from cluster.definition.trials import make_trials
+from cluster.files.folder import StudyFolder
+from cluster.scheduling.driver import Summary, Watcher, run_jobs
+from cluster.scheduling.jobs import EvalJob, Job, Resources, Shape, Status, TrialJob
+from cluster.scheduling.scheduler import Scheduler
+from cluster.scheduling.simulate import NodeEvent, SimulatedCluster, SimulatedTrial, simulated_eval
+from cluster.scheduling.troubles import RetryPolicy
+from cluster.watching.journal import EVENTS, Event, Journal, read_events
+from cluster.watching.names import NodeNames
+from cluster.watching.status import StatusFile
 from trainer.tracking.records import RecordWriter, TrainRecord
 
 STUDY = """

@@ -9,14 +9,14 @@ from pathlib import Path
 
 import pytest
 
-from cluster.divergence import ErrorWatch
-from cluster.edits import NEXT, Edits
-from cluster.folder import MICRO_BATCH, StudyFolder
-from cluster.jobs import Changes
-from cluster.portable import save_portable
-from cluster.spec import EarlyStop, StudyConfig, load_study
-from cluster.trials import Trial, make_trials
-from cluster.verdicts import ask_to_stop, read_verdict, remove_verdict, write_verdict
+from cluster.definition.portable import save_portable
+from cluster.definition.spec import EarlyStop, StudyConfig, load_study
+from cluster.definition.trials import Trial, make_trials
+from cluster.files.divergence import ErrorWatch
+from cluster.files.edits import NEXT, Edits
+from cluster.files.folder import MICRO_BATCH, StudyFolder
+from cluster.files.verdicts import ask_to_stop, read_verdict, remove_verdict, write_verdict
+from cluster.scheduling.jobs import Changes
 from data_pipeline.errors import ConfigError
 from trainer.config import load_config
 from trainer.tracking.records import TrainRecord

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from cluster.folder import StudyFolder
-from cluster.spec import load_study
-from cluster.trials import make_trials
+from cluster.definition.spec import load_study
+from cluster.definition.trials import make_trials
+from cluster.files.folder import StudyFolder
 from data_pipeline.errors import ConfigError
 from trainer.config import load_config
 from trainer.run_folder import RunFolder

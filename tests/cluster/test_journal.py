@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-from cluster.driver import Summary, run_jobs, waiting_trials
-from cluster.jobs import EvalJob, Job, Resources, Shape, Status, TrialJob
-from cluster.journal import EVENTS, Event, Journal, Lines, last_events, read_events
-from cluster.names import NodeNames
-from cluster.scheduler import Scheduler
-from cluster.simulate import NodeEvent, SimulatedCluster, SimulatedTrial, simulated_eval
-from cluster.troubles import RetryPolicy
+from cluster.scheduling.driver import Summary, run_jobs, waiting_trials
+from cluster.scheduling.jobs import EvalJob, Job, Resources, Shape, Status, TrialJob
+from cluster.scheduling.scheduler import Scheduler
+from cluster.scheduling.simulate import NodeEvent, SimulatedCluster, SimulatedTrial, simulated_eval
+from cluster.scheduling.troubles import RetryPolicy
+from cluster.watching.journal import EVENTS, Event, Journal, Lines, last_events, read_events
+from cluster.watching.names import NodeNames
 from data_pipeline.errors import UserError
 
 TWO = Resources(cpus=2)

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.parity import environment, skew
-from cluster.ranks import ROOT
+from cluster.launch.parity import environment, skew
+from cluster.launch.ranks import ROOT
 
 STUDY = """
 name: wide
@@ -40,12 +40,12 @@ def two_nodes() -> Iterator[str]:
 DRIVE = """
 import sys
 from pathlib import Path
-from cluster.driver import Watcher, run_jobs
-from cluster.folder import StudyFolder
-from cluster.launch import RayBackend
-from cluster.scheduler import Scheduler
-from cluster.spec import load_study
-from cluster.trials import make_trials
+from cluster.scheduling.driver import Watcher, run_jobs
+from cluster.files.folder import StudyFolder
+from cluster.launch.ray_backend import RayBackend
+from cluster.scheduling.scheduler import Scheduler
+from cluster.definition.spec import load_study
+from cluster.definition.trials import make_trials
 
 study_file, out, address = sys.argv[1:]
 study = load_study(Path(study_file))
@@ -95,7 +95,7 @@ def test_a_trial_trains_on_two_nodes_together(
 def test_a_local_ray_listens_on_loopback_only(tmp_path: Path) -> None:
     script = """
 import psutil
-from cluster.launch import RayBackend
+from cluster.launch.ray_backend import RayBackend
 backend = RayBackend()
 for process in psutil.Process().children(recursive=True):
     for connection in process.net_connections(kind="tcp"):

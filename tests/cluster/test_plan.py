@@ -11,16 +11,16 @@ from typing import NamedTuple
 import pytest
 from PIL import Image
 
-from cluster.costs import evaluation_flops, trial_costs, trial_disk, trial_memory
-from cluster.fits import check_fits_devices, check_fits_memory, check_fits_storage
-from cluster.folder import requests
-from cluster.gantt import bars, text_chart
-from cluster.jobs import Resources
-from cluster.plan import PlanReport, plan_report, planned_nodes
-from cluster.simulate import Schedule, Span
-from cluster.spec import StudyConfig, load_study
+from cluster.definition.spec import StudyConfig, load_study
+from cluster.definition.trials import Trial, make_trials
+from cluster.files.folder import requests
+from cluster.planning.costs import evaluation_flops, trial_costs, trial_disk, trial_memory
+from cluster.planning.fits import check_fits_devices, check_fits_memory, check_fits_storage
+from cluster.planning.gantt import bars, text_chart
+from cluster.planning.plan import PlanReport, plan_report, planned_nodes
+from cluster.scheduling.jobs import Resources
+from cluster.scheduling.simulate import Schedule, Span
 from cluster.study import main
-from cluster.trials import Trial, make_trials
 from cluster.words import duration, size
 from data_pipeline.errors import ConfigError, UserError
 from trainer.memory import memory_of

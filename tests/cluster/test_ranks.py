@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-import cluster.ranks as module
-from cluster.ranks import Ranks, RanksSpec, classify, wait_for_lock
+import cluster.launch.ranks as module
+from cluster.launch.ranks import Ranks, RanksSpec, classify, wait_for_lock
 
 SCRIPT = """
 import os, signal, sys, time

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from cluster.driver import Summary, is_complete, run_jobs, waiting_trials
-from cluster.jobs import Changes, EvalJob, Job, Outcome, Resources, Shape, Status, TrialJob
-from cluster.scheduler import Scheduler
-from cluster.simulate import NodeEvent, SimulatedCluster, SimulatedTrial, lower_bound, simulated_eval
-from cluster.troubles import RetryPolicy
+from cluster.scheduling.driver import Summary, is_complete, run_jobs, waiting_trials
+from cluster.scheduling.jobs import Changes, EvalJob, Job, Outcome, Resources, Shape, Status, TrialJob
+from cluster.scheduling.scheduler import Scheduler
+from cluster.scheduling.simulate import NodeEvent, SimulatedCluster, SimulatedTrial, lower_bound, simulated_eval
+from cluster.scheduling.troubles import RetryPolicy
 from data_pipeline.errors import UserError
 
 ONE = Resources(cpus=1)

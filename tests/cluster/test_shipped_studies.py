@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from cluster.folder import StudyFolder
-from cluster.spec import load_study
-from cluster.trials import Trial, make_trials
+from cluster.definition.spec import load_study
+from cluster.definition.trials import Trial, make_trials
+from cluster.files.folder import StudyFolder
 from evaluation.scaling.__main__ import main as scaling
 from evaluation.scaling.points import Point, write_csv
 from trainer.config import RunConfig
@@ -102,7 +102,7 @@ def test_a_grid_of_equal_compute_gives_the_best_size_at_each_of_its_budgets(
 
 
 def test_the_evaluations_of_the_shipped_studies_are_ones_that_exist(tmp_path: Path) -> None:
-    from cluster.folder import requests
+    from cluster.files.folder import requests
     from evaluation.features import REGISTRY
 
     for path in STUDIES.glob("*.yaml"):

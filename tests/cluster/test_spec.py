@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 import yaml
 
-from cluster.jobs import Resources, Shape
-from cluster.ladder import Ladder, value_name
-from cluster.shapes import eval_shape, trial_shapes
-from cluster.spec import StudyConfig, load_study, nest
-from cluster.trials import Trial, log_spaced, make_trials
+from cluster.definition.ladder import Ladder, value_name
+from cluster.definition.shapes import eval_shape, trial_shapes
+from cluster.definition.spec import StudyConfig, load_study, nest
+from cluster.definition.trials import Trial, log_spaced, make_trials
+from cluster.scheduling.jobs import Resources, Shape
 from data_pipeline.errors import ConfigError
 from trainer.config import save_config, validate
 

@@ -15,17 +15,17 @@ from typing import Any
 import pytest
 from watched_study import BEGAN, LARGE, SMALL, Drive, make_folder, train
 
-from cluster import status as status_module
-from cluster.display import Display, fitted
-from cluster.driver import Watcher
-from cluster.folder import StudyFolder
-from cluster.jobs import Resources, Status
-from cluster.logs import show_logs
-from cluster.names import NodeNames
-from cluster.scheduler import Scheduler
-from cluster.simulate import NodeEvent
-from cluster.status import STATUS, read_status
-from cluster.status_table import status_table, watch
+from cluster.files.folder import StudyFolder
+from cluster.scheduling.driver import Watcher
+from cluster.scheduling.jobs import Resources, Status
+from cluster.scheduling.scheduler import Scheduler
+from cluster.scheduling.simulate import NodeEvent
+from cluster.watching import status as status_module
+from cluster.watching.display import Display, fitted
+from cluster.watching.logs import show_logs
+from cluster.watching.names import NodeNames
+from cluster.watching.status import STATUS, read_status
+from cluster.watching.status_table import status_table, watch
 
 
 @pytest.fixture
@@ -223,7 +223,7 @@ def test_the_live_line_shows_what_fits() -> None:
 def test_the_display_tells_where_trials_train_and_what_went_wrong(
     folder: StudyFolder, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("cluster.display._LOG_SECONDS", 0.0)
+    monkeypatch.setattr("cluster.watching.display._LOG_SECONDS", 0.0)
     drive = Drive(folder, {(SMALL, 1): "lost", (LARGE, 1): "failed", (LARGE, 2): "failed"})
     train(folder, SMALL, 32)
     train(folder, LARGE, 32, ahead=600.0)

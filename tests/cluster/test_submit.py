@@ -21,9 +21,10 @@ from typing import Any
 
 import pytest
 
-from cluster import jobs_api, submit
-from cluster.jobs_api import JobServer
-from cluster.spec import load_study
+from cluster import submit
+from cluster.definition.spec import load_study
+from cluster.launch import job_server
+from cluster.launch.job_server import JobServer
 from cluster.submit import submit_study, write_package
 from data_pipeline.errors import UserError
 from trainer.config import load_config
@@ -154,7 +155,7 @@ def stub(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Stub, str]]:
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-    monkeypatch.setattr(jobs_api, "_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(job_server, "_PAUSE_SECONDS", 0.01)
     monkeypatch.setattr(submit, "_POLL_SECONDS", 0.01)
     monkeypatch.setattr(submit, "_WATCH_SECONDS", 0.2)
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://127.0.0.1:1")  # restored after the test, which sets it

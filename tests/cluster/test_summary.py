@@ -10,11 +10,11 @@ import pytest
 from PIL import Image
 from watched_study import LARGE, SMALL, Drive, make_folder, train
 
-from cluster.folder import StudyFolder
-from cluster.history import CUT_OFF, PAUSED, read_history
-from cluster.journal import EVENTS, Event
-from cluster.overhead import bound, device_time
-from cluster.summary import schedule, summary_text, write_summary
+from cluster.files.folder import StudyFolder
+from cluster.watching.history import CUT_OFF, PAUSED, read_history
+from cluster.watching.journal import EVENTS, Event
+from cluster.watching.overhead import bound, device_time
+from cluster.watching.summary import schedule, summary_text, write_summary
 
 NODES = {"n1": {"cpus": 2, "gpus": 0}, "n2": {"cpus": 2, "gpus": 0}}
 

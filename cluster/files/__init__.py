@@ -1,0 +1,1 @@
+"""A study's folder: what its files prove, what they ask for, and how trials end for good."""

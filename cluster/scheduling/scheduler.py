@@ -1,0 +1,373 @@
+"""Which job starts next, and on which nodes: decisions only, no clock, no files, no Ray.
+
+By priority first. Of equal priority, evaluations go before trials that wait while they hold no more than their share of
+the cluster (their points are what the study is for, and they are short); beyond it they only take what no trial can
+use. Trials go longest first, so that the last to end is not one that began late. The first job that finds no room gets
+a reservation on the nodes where it will fit soonest; others go past it only where they do not delay it. So wide jobs
+are not starved by narrow ones, and no device idles that a job could use meanwhile (EASY backfilling: Lifka 1995).
+
+A job that failed through no fault of the user's is tried again after a growing pause (`troubles.py`).
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Iterator, KeysView, Mapping
+from dataclasses import dataclass, field
+
+from cluster.scheduling.jobs import EvalJob, Job, Outcome, Placement, Resources, Shape, TrialJob
+from cluster.scheduling.pool import Pool, can_ever_fit
+from cluster.scheduling.troubles import Failure, Retry, RetryPolicy, Troubles
+
+# What a cluster that has lost devices gets to have them back, before a trial goes on with fewer.
+SHRINK_SECONDS = 120.0
+_OVERDUE = 0.1  # of its expected time: how much longer a job that should have ended is given
+
+
+@dataclass(eq=False)
+class _Running:
+    placement: Placement
+    began: float
+    ends: float  # expected
+    number: int  # in order of starting
+
+    @property
+    def end(self) -> tuple[float, int]:
+        return self.ends, self.number
+
+
+@dataclass(order=True)
+class _Waiting:
+    rank: tuple[float, ...]
+    job: Job = field(compare=False)
+
+
+@dataclass(frozen=True)
+class _Reservation:
+    """Where and when the first job that found no room will fit."""
+
+    key: str
+    at: float
+    spare: dict[str, Resources]  # by node: what others may still hold then
+
+
+class Scheduler:
+    """Keeps every job's state and decides."""
+
+    def __init__(
+        self, trials: Iterable[TrialJob] = (), *, retry: RetryPolicy | None = None, eval_share: float = 0.25,
+        shrink_seconds: float = SHRINK_SECONDS,
+    ) -> None:  # fmt: skip
+        """`eval_share`: of the devices, what evaluations may hold while trials wait; one may always run."""
+        self._troubles = Troubles(retry or RetryPolicy())
+        self._eval_share, self._shrink_seconds = eval_share, shrink_seconds
+        self._waiting: dict[str, Job] = {}  # those in queues or paused
+        self._queues: dict[tuple[bool, tuple[Shape, ...]], list[_Waiting]] = {}  # heaps, by kind and shapes
+        self._paused: list[tuple[float, int, Job]] = []  # heap, by when
+        self._known: set[str] = set()  # evaluations ever added
+        self._number = 0
+        self._starts: dict[str, int] = {}
+        self._pool = Pool()
+        self._running: dict[str, _Running] = {}
+        self._by_end: list[_Running] = []  # in order of their expected ends
+        self._training: dict[str, None] = {}  # running trials
+        self._eval_devices = 0.0
+        self._num_trials = 0  # waiting
+        self._ending: dict[str, str] = {}  # running jobs that were asked to end, and why
+        self._pace = {False: _Pace(), True: _Pace()}  # of trials, of evaluations
+        self._impossible: dict[Shape, float] = {}  # since when no set of nodes has had such a one
+        self._reservation: _Reservation | None = None
+        self._settled = False  # all that can start has started
+        self.failures: list[Failure] = []
+        self.retries: list[Retry] = []
+        self.num_done = 0
+        self.add_trials(trials)
+
+    # ---- what there is to do ------------------------------------------------------------------------------------
+
+    def add_trials(self, jobs: Iterable[TrialJob]) -> None:
+        """Let trials wait. One that waits already is replaced (its priority may have changed), one that runs stays."""
+        for job in jobs:
+            if job.key not in self._running:
+                self._wait(job)
+
+    def add_evaluations(self, jobs: Iterable[EvalJob]) -> None:
+        """Let evaluations wait; those already known are left out."""
+        for job in jobs:
+            if job.key not in self._known:
+                self._known.add(job.key)
+                self._wait(job)
+
+    def drop(self, trial: str, why: str) -> bool:
+        """Forget a trial and its waiting evaluations. True: it runs, and must be told to end."""
+        for key in [k for k, job in self._waiting.items() if k == trial or _trial_of(job) == trial]:
+            self._forget(key)
+        if trial in self._running:
+            self._ending[trial] = why
+        return trial in self._running
+
+    @property
+    def running(self) -> dict[str, Placement]:
+        return {key: entry.placement for key, entry in self._running.items()}
+
+    @property
+    def running_trials(self) -> KeysView[str]:
+        """A live view."""
+        return self._training.keys()
+
+    @property
+    def finished(self) -> bool:
+        return not (self._running or self._waiting)
+
+    @property
+    def waiting(self) -> Mapping[str, Job]:
+        """By key: those that have not started, or will start again."""
+        return self._waiting
+
+    @property
+    def num_waiting(self) -> tuple[int, int]:
+        """Trials and evaluations that wait."""
+        return self._num_trials, len(self._waiting) - self._num_trials
+
+    def demand(self) -> list[Shape]:
+        """What all that runs or waits would take, as it is wanted."""
+        jobs = [entry.placement.job for entry in self._running.values()] + list(self._waiting.values())
+        return [job.shapes[0] for job in jobs]
+
+    def homeless(self, nodes: Mapping[str, Resources]) -> list[Job]:
+        """Of each kind of job that waits, the first if no set of living nodes could ever hold it."""
+        heads = [queue[0].job for queue in self._live_queues()]
+        return [job for job in heads if not any(can_ever_fit(shape, nodes) for shape in job.shapes)]
+
+    # ---- decisions ----------------------------------------------------------------------------------------------
+
+    def choose(self, nodes: Mapping[str, Resources], now: float) -> list[Placement]:
+        """The jobs to start now on what is free of `nodes`; they count as running from here on."""
+        while self._paused and self._paused[0][0] <= now:
+            _, _, job = heapq.heappop(self._paused)
+            if self._waiting.get(job.key) is job:
+                self._enqueue(job)
+        if self._pool.set_nodes(nodes):
+            self._settled, self._reservation = False, None
+        if self._settled and not self._impossible:
+            return []
+        placed: list[Placement] = []
+        open_queues, blocked = list(self._live_queues()), False
+        while open_queues:
+            queue = min(open_queues, key=lambda q: self._order(q[0]))
+            job = queue[0].job
+            shape = self._usable_shape(job, now)
+            where = self._room(job, shape, now, behind=blocked) if shape else None
+            if shape is None or where is None:
+                open_queues.remove(queue)
+                if shape is not None and not blocked:
+                    self._reserve(job, shape, now)
+                    blocked = True
+                continue
+            placed.append(self._start(job, shape, where, now))
+            heapq.heappop(queue)
+            self._drop_dead(queue)
+            if not queue:
+                open_queues.remove(queue)
+        if not blocked:
+            self._reservation = None
+        self._settled = True
+        return placed
+
+    def ended(
+        self, outcome: Outcome, now: float, *, progress: int = 0, remedy: str | None = None
+    ) -> Retry | Failure | None:
+        """Note how a job ended. Returns what became of it when it is not done.
+
+        Args:
+            progress: images that the trial has saved; more than at its last failure makes that forgotten.
+            remedy: what was changed so that it does not run out of memory again.
+        """
+        entry = self._leave(outcome.job.key)
+        job, why = entry.placement.job, self._ending.pop(outcome.job.key, None)
+        if outcome.status == "done":
+            self.num_done += 1
+            self._troubles.forget(job.key)
+            if entry.placement.attempt == 1 and entry.placement.shape == job.shapes[0]:
+                self._pace[isinstance(job, EvalJob)].learn(job.seconds, now - entry.began)
+            return None
+        if why is not None:
+            return Failure(job, entry.placement.attempt, why, "cancelled")
+        verdict = self._troubles.verdict(outcome, entry.placement.attempt, now, progress=progress, remedy=remedy)
+        if isinstance(verdict, Failure):
+            self.failures.append(verdict)
+        else:
+            self.retries.append(verdict)
+            self._wait(job, now + verdict.pause)
+        return verdict
+
+    # ---- the queues ---------------------------------------------------------------------------------------------
+
+    def _wait(self, job: Job, not_before: float | None = None) -> None:
+        if job.key in self._waiting:
+            self._forget(job.key)
+        self._waiting[job.key] = job
+        self._num_trials += isinstance(job, TrialJob)
+        if not_before is None:
+            self._enqueue(job)
+        else:
+            self._number += 1
+            heapq.heappush(self._paused, (not_before, self._number, job))
+
+    def _enqueue(self, job: Job) -> None:
+        self._number += 1
+        length = -_about(job.seconds) if isinstance(job, TrialJob) else 0.0
+        queue = self._queues.setdefault((isinstance(job, EvalJob), job.shapes), [])
+        heapq.heappush(queue, _Waiting((-job.priority, length, self._number), job))
+        self._settled = False
+
+    def _forget(self, key: str) -> None:
+        """Its entries in heaps are skipped later."""
+        self._num_trials -= isinstance(self._waiting.pop(key), TrialJob)
+
+    def _drop_dead(self, queue: list[_Waiting]) -> None:
+        while queue and self._waiting.get(queue[0].job.key) is not queue[0].job:
+            heapq.heappop(queue)
+
+    def _live_queues(self) -> Iterator[list[_Waiting]]:
+        for queue in self._queues.values():
+            self._drop_dead(queue)
+            if queue:
+                yield queue
+
+    def _order(self, head: _Waiting) -> tuple[float, ...]:
+        job, (priority, *rest) = head.job, head.rank
+        if isinstance(job, TrialJob):
+            return (priority, 1, *rest)
+        need = job.shapes[0].total
+        most = self._eval_share * (self._pool.total.gpus if need.gpus else self._pool.total.cpus)
+        within = self._eval_devices == 0 or self._eval_devices + need.devices <= most + 1e-9
+        return (priority, 0 if within else 2, *rest)
+
+    # ---- nodes --------------------------------------------------------------------------------------------------
+
+    def _usable_shape(self, job: Job, now: float) -> Shape | None:
+        """The first of the job's shapes that the cluster can hold when it is empty.
+
+        One after the first only when the cluster has been too small for those before it for a while.
+        """
+        for shape in job.shapes:
+            if self._pool.could_hold(shape):
+                self._impossible.pop(shape, None)
+                return shape
+            since = self._impossible.setdefault(shape, now)
+            if now - since < self._shrink_seconds:
+                return None
+        return None
+
+    def _room(self, job: Job, shape: Shape, now: float, *, behind: bool) -> tuple[str, ...] | None:
+        """The nodes to start it on. `behind`: it may not delay the job that has the reservation."""
+        reservation = self._reservation
+        if not behind or reservation is None or now + self._expected(job, shape) <= reservation.at:
+            return self._pool.find(shape)
+        spare = reservation.spare
+        return self._pool.find(shape, lambda node: node not in spare or shape.per_node.fits_in(spare[node]))
+
+    def _reserve(self, job: Job, shape: Shape, now: float) -> None:
+        """Find the nodes on which so much becomes free soonest, as far as ends can be foreseen, and when.
+
+        What was reserved stays so until then: a nearer end elsewhere lets the job start sooner anyway.
+        """
+        if self._reservation is not None and self._reservation.key == job.key and self._reservation.at > now:
+            return
+        self._delay_the_overdue(now)
+        free: dict[str, Resources] = {}
+        chosen = {node: None for node in self._pool.nodes if shape.per_node.fits_in(self._pool.free(node))}
+        at, later = now, iter(self._by_end)
+        while len(chosen) < shape.num_nodes and (entry := next(later, None)) is not None:
+            for node in entry.placement.nodes:
+                if node in self._pool.nodes and node not in chosen:
+                    free[node] = free.get(node, self._pool.free(node)) + entry.placement.shape.per_node
+                    if shape.per_node.fits_in(free[node]):
+                        chosen[node], at = None, entry.ends
+        nodes = list(chosen)[-shape.num_nodes :]
+        self._reservation = _Reservation(
+            job.key, at, {node: free.get(node, self._pool.free(node)) - shape.per_node for node in nodes}
+        )
+
+    def _delay_the_overdue(self, now: float) -> None:
+        """Nobody knows when a job that should have ended will; soon is a better guess than now."""
+        overdue: list[_Running] = []
+        for entry in self._by_end:
+            if entry.ends > now:
+                break
+            overdue.append(entry)
+        del self._by_end[: len(overdue)]
+        for entry in overdue:
+            entry.ends = now + max(1.0, _OVERDUE * (entry.ends - entry.began))
+            insort(self._by_end, entry, key=lambda e: e.end)
+
+    def _start(self, job: Job, shape: Shape, where: tuple[str, ...], now: float) -> Placement:
+        self._forget(job.key)
+        attempt = self._starts[job.key] = self._starts.get(job.key, 0) + 1
+        placement = Placement(job, shape, where, attempt)
+        self._number += 1
+        entry = self._running[job.key] = _Running(placement, now, now + self._expected(job, shape), self._number)
+        insort(self._by_end, entry, key=lambda e: e.end)
+        for node in where:
+            self._pool.take(node, job.key, shape.per_node)
+            reservation = self._reservation
+            if reservation is not None and node in reservation.spare and entry.ends > reservation.at:
+                reservation.spare[node] = reservation.spare[node] - shape.per_node
+        if isinstance(job, EvalJob):
+            self._eval_devices += shape.total.devices
+        else:
+            self._training[job.key] = None
+        return placement
+
+    def _leave(self, key: str) -> _Running:
+        entry = self._running.pop(key)
+        del self._by_end[bisect_left(self._by_end, entry.end, key=lambda e: e.end)]
+        for node in entry.placement.nodes:
+            self._pool.give(node, key)
+        if isinstance(entry.placement.job, EvalJob):
+            self._eval_devices = max(0.0, self._eval_devices - entry.placement.shape.total.devices)
+        else:
+            del self._training[key]
+        self._settled = False
+        return entry
+
+    def _expected(self, job: Job, shape: Shape) -> float:
+        return Placement(job, shape, ()).seconds * self._pace[isinstance(job, EvalJob)].factor
+
+
+class _Pace:
+    """How long jobs take, as a multiple of what was expected."""
+
+    def __init__(self) -> None:
+        self._expected = self._measured = 0.0
+
+    def learn(self, expected: float, measured: float) -> None:
+        self._expected += expected
+        self._measured += max(0.0, measured)
+
+    @property
+    def factor(self) -> float:
+        return self._measured / self._expected if self._expected and self._measured else 1.0
+
+
+def first_that_never_fits(jobs: Iterable[Job], nodes: Mapping[str, Resources]) -> Job | None:
+    """A job that these nodes could not hold in any of its shapes."""
+    seen: dict[tuple[Shape, ...], bool] = {}
+    for job in jobs:
+        if job.shapes not in seen:
+            seen[job.shapes] = any(can_ever_fit(shape, nodes) for shape in job.shapes)
+        if not seen[job.shapes]:
+            return job
+    return None
+
+
+def _trial_of(job: Job) -> str:
+    return job.trial if isinstance(job, EvalJob) else job.key
+
+
+def _about(seconds: float) -> float:
+    """Times within some ten per cent are equal, and the study's own order decides: rounding of budgets should not."""
+    return round(20 * math.log10(max(seconds, 1e-9))) / 20

@@ -1,0 +1,1 @@
+"""What a study shows: events, status, logs, the live display and the summary at the end."""

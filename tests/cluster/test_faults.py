@@ -1,0 +1,112 @@
+"""Whatever happens, the study finishes, with the very points of an undisturbed one; on a real Ray of several nodes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.fault_kinds import FAULTS
+from benchmarks.fault_marks import environment, found, kill_all
+from benchmarks.fault_round import plan
+from benchmarks.fault_stage import Scale
+from benchmarks.fault_tables import compare
+from benchmarks.fault_watch import StudyWatch
+from benchmarks.faults import KINDS, rehearse
+
+
+def complaints(tally: dict[str, Any]) -> list[str]:
+    """All that speaks against a rehearsal, for the test's message."""
+    (found,) = tally["rounds"]
+    lost = [one for one in found["struck"] if not one["survived"]]
+    return [*tally["undisturbed"]["problems"], *found["problems"], *map(str, lost), *found["comparison"]["wrong"]]
+
+
+@pytest.mark.timeout(600)
+def test_a_study_survives_a_node_and_a_training_process(tmp_path: Path) -> None:
+    scale = Scale(
+        sizes=(4, 8), seeds=(0,), budget=1024, checkpoint=128, points=2, splits=("test",), distance=False
+    )  # fmt: skip
+    tally = rehearse(tmp_path / "faults", ["node", "trainer"], rounds=1, seed=0, scale=scale, cpus=1)
+    assert tally["good"], complaints(tally)
+    (found,) = tally["rounds"]
+    assert sorted(one["kind"] for one in found["struck"]) == ["node", "trainer"]
+    assert all(one["told"] for one in found["struck"])
+    assert found["comparison"]["num_identical"] == found["comparison"]["num_points"] > 0
+    assert not found["comparison"]["relaid"]
+
+
+@pytest.mark.prove
+@pytest.mark.timeout(1800)
+def test_a_study_survives_everything_in_one_run(tmp_path: Path) -> None:
+    tally = rehearse(tmp_path / "faults", KINDS, rounds=1, seed=0, scale=Scale())
+    assert tally["good"], complaints(tally)
+    (found,) = tally["rounds"]
+    struck = {one["kind"] for one in found["struck"]} | tally["skipped"].keys()
+    assert struck == set(KINDS)
+    assert found["comparison"]["num_points"] == 4 * (
+        4 * 3 + 1
+    )  # NLL of two splits and their gap; a distance at the end
+
+
+def test_the_seed_decides_which_faults_come_when() -> None:
+    first, again, other = (plan(list(FAULTS), seed) for seed in (1, 1, 2))
+    assert first == again
+    assert [one.fault.name for one in first] != [one.fault.name for one in other]
+    assert [one.at for one in first] == sorted(one.at for one in first)
+    assert all(one.fault.away[0] <= one.away <= one.fault.away[1] for one in first)
+
+
+def made_study(folder: Path, values: dict[int, float], *, processes: dict[int, int]) -> StudyWatch:
+    """What a study leaves: a table of one trial (images -> NLL) and its checkpoints (images -> processes)."""
+    rows = [f"a,nll,test,{images},{value!r},0.01,7" for images, value in values.items()]
+    (folder / "law").mkdir(parents=True)
+    (folder / "law" / "points.csv").write_text("\n".join(["run,metric,split,images,value,stderr,seed", *rows]) + "\n")
+    for images, number in processes.items():
+        state = folder / "trials" / "a" / "checkpoints" / f"{images:012d}" / "state.json"
+        state.parent.mkdir(parents=True)
+        state.write_text(json.dumps({"nimg": images, "layout": {"num_processes": number}}))
+    return StudyWatch(folder, budget=3, num_trials=1)
+
+
+@pytest.mark.parametrize(
+    ("value", "processes", "wrong", "relaid"),
+    [
+        (5.0, 2, 0, 0),
+        (5.0000001, 2, 1, 0),  # where the layout is the same, so is every bit
+        (5.009, 1, 0, 1),
+        (5.011, 1, 1, 1),
+    ],
+)
+def test_points_are_the_same_or_near_behind_another_layout(
+    tmp_path: Path, value: float, processes: int, wrong: int, relaid: int
+) -> None:
+    usual = made_study(tmp_path / "usual", {1: 6.0, 2: 5.5, 3: 5.0}, processes={1: 2, 2: 2, 3: 2})
+    other = made_study(tmp_path / "other", {1: 6.0, 2: 5.5, 3: value}, processes={1: 2, 2: 2, 3: processes})
+    comparison = compare(usual, other)
+    assert (len(comparison.wrong), comparison.num_relaid) == (wrong, relaid)
+    assert comparison.equal is (wrong == 0)
+
+
+def test_a_missing_point_is_told(tmp_path: Path) -> None:
+    usual = made_study(tmp_path / "usual", {1: 6.0, 2: 5.5}, processes={1: 1, 2: 1})
+    other = made_study(tmp_path / "other", {1: 6.0}, processes={1: 1, 2: 1})
+    assert not compare(usual, other).equal
+
+
+def test_a_marked_tree_of_processes_dies_at_once(tmp_path: Path) -> None:
+    nested = f"{sys.executable} -c 'import time; time.sleep(60)' & wait"
+    process = subprocess.Popen(["sh", "-c", nested], env=environment("mark7/here"), start_new_session=True)
+    deadline = time.monotonic() + 30
+    while len(found("mark7")) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    assert found("mark") == found("mark7/there") == []
+    assert kill_all("mark7") == 2
+    assert process.wait(5) == -9
+    assert found("mark7") == []
