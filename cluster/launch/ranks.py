@@ -136,17 +136,26 @@ def classify(code: int, output: str, *, ran_out_of_memory: bool = False) -> tupl
     """
     if code == Exit.FINISHED:
         return "done", ""
-    message = _error_line(output)
+    message = _said(output)
     if code == Exit.STOPPED:
         return "stopped", "stopped before its end"
+    if code == Exit.NO_SPACE:
+        return "no_space", first_sentence(message) or "the disk is full"  # and the log may be on it
     if code in _STATUS:
-        return _STATUS[code], message
+        return _STATUS[code], message or _last_line(output)
     if code == Exit.LOST:  # in each other's reach, so one of them said why
         return "failed", f"lost a process: {message or 'the log does not say why'}"
     if code == -signal.SIGKILL and ran_out_of_memory:
         return "out_of_memory", "the host ran out of memory and the system killed a process"
-    how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"
-    return "failed", f"{how}: {message}" if message else how
+    if code < 0:
+        how = f"killed by {signal.Signals(-code).name}"
+        return "failed", f"{how}: {message}" if message else how
+    return "failed", f"exit code {code}: {message or _last_line(output)}"
+
+
+def first_sentence(message: str) -> str:
+    """What is wrong, without what the user of a single command should do."""
+    return message.partition(". ")[0]
 
 
 def oom_kills() -> int:
@@ -183,11 +192,13 @@ def _one_code(codes: list[int]) -> int:
     return next(code for code in (*causes, *signals, *others, *symptoms) if code in codes)
 
 
-def _error_line(output: str) -> str:
-    """The last `error: ...` message with its following lines, else the last line."""
+def _said(output: str) -> str:
+    """The last `error: ...` message with its following lines; nothing where there is none."""
     # Another process's progress bar may stand before it on the line; `RuntimeError: ` is no message of ours.
     messages = re.split(r"(?<![A-Za-z])error: ", output)
-    if len(messages) > 1:
-        return messages[-1].strip()
+    return messages[-1].strip() if len(messages) > 1 else ""
+
+
+def _last_line(output: str) -> str:
     lines = [line.strip() for line in re.split(r"[\r\n]", output) if line.strip() and not _PROGRESS_BAR.search(line)]
     return lines[-1] if lines else ""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.launch.parity import environment, skew
-from cluster.launch.ranks import Ranks, RanksSpec, classify, oom_kills, started_at
+from cluster.launch.ranks import Ranks, RanksSpec, classify, first_sentence, oom_kills, started_at
 from cluster.scheduling.jobs import Status
 from data_pipeline.errors import USER_ERROR_EXIT, UserError, disk_error
 from trainer.exits import Exit
@@ -121,7 +121,8 @@ _STATUS: dict[int, Status] = {
 
 
 def _ended(error: UserError) -> Ended:
-    return Ended(_STATUS.get(error.exit_code, "failed"), str(error))
+    status, message = _STATUS.get(error.exit_code, "failed"), str(error)
+    return Ended(status, first_sentence(message) if status == "no_space" else message)
 
 
 def _write_down(run: Path, error: Exception) -> str:

@@ -23,6 +23,7 @@ from cluster.scheduling.troubles import Failure, Retry, RetryPolicy, Troubles
 
 # What a cluster that has lost devices gets to have them back, before a trial goes on with fewer.
 SHRINK_SECONDS = 120.0
+_PROBE_SECONDS = 10.0  # what one job gets to show that a disk which was full has room again
 _OVERDUE = 0.1  # of its expected time: how much longer a job that should have ended is given
 
 
@@ -80,6 +81,8 @@ class Scheduler:
         self._impossible: dict[Shape, float] = {}  # since when no set of nodes has had such a one
         self._reservation: _Reservation | None = None
         self._settled = False  # all that can start has started
+        self._disk = "fine"  # or "full", or "probed" by one job
+        self._disk_looked_at = 0.0  # when it may be tried again
         self.failures: list[Failure] = []
         self.retries: list[Retry] = []
         self.num_done = 0
@@ -151,7 +154,7 @@ class Scheduler:
                 self._enqueue(job)
         if self._pool.set_nodes(nodes):
             self._settled, self._reservation = False, None
-        if self._settled and not self._impossible:
+        if (self._settled and not self._impossible) or not self._disk_lets_start(now):
             return []
         placed: list[Placement] = []
         open_queues, blocked = list(self._live_queues()), False
@@ -171,10 +174,22 @@ class Scheduler:
             self._drop_dead(queue)
             if not queue:
                 open_queues.remove(queue)
+            if self._disk == "probed":
+                return placed
         if not blocked:
             self._reservation = None
         self._settled = True
         return placed
+
+    def _disk_lets_start(self, now: float) -> bool:
+        """A full disk is everybody's: after a pause one job tries it, and the others follow where that goes well."""
+        if self._disk == "fine":
+            return True
+        if now < self._disk_looked_at:
+            return False
+        self._disk = "probed" if self._disk == "full" else "fine"
+        self._disk_looked_at = now + _PROBE_SECONDS
+        return True
 
     def ended(
         self, outcome: Outcome, now: float, *, progress: int = 0, remedy: str | None = None
@@ -201,6 +216,8 @@ class Scheduler:
         else:
             self.retries.append(verdict)
             self._wait(job, now + verdict.pause)
+            if verdict.status == "no_space":
+                self._disk, self._disk_looked_at = "full", now + verdict.pause
         return verdict
 
     # ---- the queues ---------------------------------------------------------------------------------------------

@@ -264,6 +264,24 @@ def test_a_disk_that_is_full_is_waited_for() -> None:
     assert max(r.pause for r in summary.retries) == 300.0
 
 
+def test_one_job_tries_a_disk_that_was_full_for_all() -> None:
+    jobs = [trial(f"t{i}", 30) for i in range(8)]
+    freed = 100.0
+
+    def fate(job: Job, attempt: int) -> Status:
+        return "no_space" if world.clock < freed else "done"
+
+    world = cluster(jobs, cpus=8, fate=fate)
+    summary = drive(world, jobs)
+    assert not summary.failures
+    assert is_complete(jobs, world)
+    first = [when for when, event, _ in world.log if event == "start"]
+    assert first[:8] == [0.0] * 8
+    while_full = [when for when in first[8:] if when < freed]
+    assert 1 <= len(while_full) <= 4  # instead of all eight again and again
+    assert len(set(while_full)) == len(while_full)
+
+
 def test_a_diverged_trial_ends_for_good_and_the_study_goes_on() -> None:
     jobs = [trial("bad", 10), trial("good", 5)]
     world = cluster(jobs, fate=lambda job, attempt: "diverged" if job.key == "bad" else "done")
