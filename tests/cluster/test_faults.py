@@ -16,8 +16,8 @@ from benchmarks.fault_marks import environment, found, kill_all
 from benchmarks.fault_round import plan
 from benchmarks.fault_stage import Scale
 from benchmarks.fault_tables import compare
-from benchmarks.fault_watch import StudyWatch
-from benchmarks.faults import KINDS, rehearse
+from benchmarks.fault_watch import StudyWatch, new_or_changed, started_again
+from benchmarks.faults import KINDS, WIDE, rehearse
 
 
 def complaints(tally: dict[str, Any]) -> list[str]:
@@ -44,14 +44,15 @@ def test_a_study_survives_a_node_and_a_training_process(tmp_path: Path) -> None:
 @pytest.mark.prove
 @pytest.mark.timeout(1800)
 def test_a_study_survives_everything_in_one_run(tmp_path: Path) -> None:
-    tally = rehearse(tmp_path / "faults", KINDS, rounds=1, seed=0, scale=Scale())
+    kinds = [*KINDS, *WIDE]
+    tally = rehearse(tmp_path / "faults", kinds, rounds=1, seed=0, scale=Scale(processes=2))
     assert tally["good"], complaints(tally)
     (found,) = tally["rounds"]
-    struck = {one["kind"] for one in found["struck"]} | tally["skipped"].keys()
-    assert struck == set(KINDS)
-    assert found["comparison"]["num_points"] == 4 * (
-        4 * 3 + 1
-    )  # NLL of two splits and their gap; a distance at the end
+    assert {one["kind"] for one in found["struck"]} | tally["skipped"].keys() == set(kinds)
+    compared = found["comparison"]
+    assert compared["num_points"] == 4 * (4 * 3 + 1)  # NLL of two splits and their gap; at the end a distance
+    assert compared["num_identical"] >= compared["num_points"] - compared["num_relaid"] > 0
+    assert compared["num_relaid"] > 0  # a trial had to go on with fewer processes
 
 
 def test_the_seed_decides_which_faults_come_when() -> None:
@@ -97,6 +98,17 @@ def test_a_missing_point_is_told(tmp_path: Path) -> None:
     usual = made_study(tmp_path / "usual", {1: 6.0, 2: 5.5}, processes={1: 1, 2: 1})
     other = made_study(tmp_path / "other", {1: 6.0}, processes={1: 1, 2: 1})
     assert not compare(usual, other).equal
+
+
+def test_what_is_done_twice_is_told() -> None:
+    finished = {"trials/a/result.json": (1, 1), "trials/a/evals/000000000008/k.json": (2, 2)}
+    started = [
+        {"event": "started", "time": time, "key": key}
+        for time, key in ((1.0, "a"), (3.0, "b"), (4.0, "a"), (5.0, "a/000000000008/k 1/2"), (6.0, "a/000000000016/k"))
+    ]
+    assert started_again(started, finished, since=2.0) == ["a", "a/000000000008/k 1/2"]
+    assert new_or_changed(finished, finished) == []
+    assert new_or_changed(finished, finished | {"trials/a/result.json": (9, 1)}) == ["trials/a/result.json"]
 
 
 def test_a_marked_tree_of_processes_dies_at_once(tmp_path: Path) -> None:
