@@ -2,9 +2,11 @@
 
 By priority first. Of equal priority, evaluations go before trials that wait while they hold no more than their share of
 the cluster (their points are what the study is for, and they are short); beyond it they only take what no trial can
-use. Trials go longest first, so that the last to end is not one that began late. The first job that finds no room gets
-a reservation on the nodes where it will fit soonest; others go past it only where they do not delay it. So wide jobs
-are not starved by narrow ones, and no device idles that a job could use meanwhile (EASY backfilling: Lifka 1995).
+use. Trials go longest first, so that the last to end is not one that began late.
+
+The first trial that finds no room gets a reservation on the nodes where it will fit soonest. Other trials go past it
+only where they do not delay it, evaluations where they delay it by no more than their share of its own time. So wide
+trials are not starved by narrow jobs, and no device idles that a job could use (EASY backfilling, Lifka 1995).
 
 A job that failed through no fault of the user's is tried again after a growing pause (`troubles.py`).
 """
@@ -47,10 +49,11 @@ class _Waiting:
 
 @dataclass(frozen=True)
 class _Reservation:
-    """Where and when the first job that found no room will fit."""
+    """Where and when the first trial that found no room will fit."""
 
-    key: str
+    job: Job
     at: float
+    deadline: float  # when evaluations at the latest must have made room for it
     spare: dict[str, Resources]  # by node: what others may still hold then
 
 
@@ -77,6 +80,7 @@ class Scheduler:
         self._eval_devices = 0.0
         self._num_trials = 0  # waiting
         self._ending: dict[str, str] = {}  # running jobs that were asked to end, and why
+        self._wanted_again: set[str] = set()  # of those, the ones that are to go on when they have ended
         self._pace = {False: _Pace(), True: _Pace()}  # of trials, of evaluations
         self._impossible: dict[Shape, float] = {}  # since when no set of nodes has had such a one
         self._reservation: _Reservation | None = None
@@ -95,6 +99,8 @@ class Scheduler:
         for job in jobs:
             if job.key not in self._running:
                 self._wait(job)
+            elif self._ending.pop(job.key, None) is not None:
+                self._wanted_again.add(job.key)
 
     def add_evaluations(self, jobs: Iterable[EvalJob]) -> None:
         """Let evaluations wait; those already known are left out."""
@@ -107,6 +113,7 @@ class Scheduler:
         """Forget a trial and its waiting evaluations. True: it runs, and must be told to end."""
         for key in [k for k, job in self._waiting.items() if k == trial or _trial_of(job) == trial]:
             self._forget(key)
+            self._known.discard(key)
         if trial in self._running:
             self._ending[trial] = why
         return trial in self._running
@@ -156,16 +163,18 @@ class Scheduler:
             self._settled, self._reservation = False, None
         if (self._settled and not self._impossible) or not self._disk_lets_start(now):
             return []
+        if self._reservation is not None and self._waiting.get(self._reservation.job.key) is not self._reservation.job:
+            self._reservation = None
         placed: list[Placement] = []
         open_queues, blocked = list(self._live_queues()), False
         while open_queues:
             queue = min(open_queues, key=lambda q: self._order(q[0]))
             job = queue[0].job
             shape = self._usable_shape(job, now)
-            where = self._room(job, shape, now, behind=blocked) if shape else None
+            where = self._room(job, shape, now) if shape else None
             if shape is None or where is None:
                 open_queues.remove(queue)
-                if shape is not None and not blocked:
+                if shape is not None and not blocked and isinstance(job, TrialJob):
                     self._reserve(job, shape, now)
                     blocked = True
                 continue
@@ -210,6 +219,10 @@ class Scheduler:
             return None
         if why is not None:
             return Failure(job, entry.placement.attempt, why, "cancelled")
+        if job.key in self._wanted_again:
+            self._wanted_again.discard(job.key)
+            self._wait(job)
+            return Retry(job, entry.placement.attempt, 0.0, "it is wanted again", outcome.status)
         verdict = self._troubles.verdict(outcome, entry.placement.attempt, now, progress=progress, remedy=remedy)
         if isinstance(verdict, Failure):
             self.failures.append(verdict)
@@ -279,10 +292,12 @@ class Scheduler:
                 return None
         return None
 
-    def _room(self, job: Job, shape: Shape, now: float, *, behind: bool) -> tuple[str, ...] | None:
-        """The nodes to start it on. `behind`: it may not delay the job that has the reservation."""
+    def _room(self, job: Job, shape: Shape, now: float) -> tuple[str, ...] | None:
+        """The nodes to start it on. It may not delay the trial that has the reservation, unless it is more urgent."""
         reservation = self._reservation
-        if not behind or reservation is None or now + self._expected(job, shape) <= reservation.at:
+        if reservation is None or job is reservation.job or job.priority > reservation.job.priority:
+            return self._pool.find(shape)
+        if now + self._expected(job, shape) <= (reservation.deadline if isinstance(job, EvalJob) else reservation.at):
             return self._pool.find(shape)
         spare = reservation.spare
         return self._pool.find(shape, lambda node: node not in spare or shape.per_node.fits_in(spare[node]))
@@ -292,7 +307,8 @@ class Scheduler:
 
         What was reserved stays so until then: a nearer end elsewhere lets the job start sooner anyway.
         """
-        if self._reservation is not None and self._reservation.key == job.key and self._reservation.at > now:
+        before = self._reservation if self._reservation is not None and self._reservation.job is job else None
+        if before is not None and before.at > now:
             return
         self._delay_the_overdue(now)
         free: dict[str, Resources] = {}
@@ -305,8 +321,9 @@ class Scheduler:
                     if shape.per_node.fits_in(free[node]):
                         chosen[node], at = None, entry.ends
         nodes = list(chosen)[-shape.num_nodes :]
+        deadline = before.deadline if before is not None else at + self._eval_share * self._expected(job, shape)
         self._reservation = _Reservation(
-            job.key, at, {node: free.get(node, self._pool.free(node)) - shape.per_node for node in nodes}
+            job, at, deadline, {node: free.get(node, self._pool.free(node)) - shape.per_node for node in nodes}
         )
 
     def _delay_the_overdue(self, now: float) -> None:
@@ -323,6 +340,8 @@ class Scheduler:
 
     def _start(self, job: Job, shape: Shape, where: tuple[str, ...], now: float) -> Placement:
         self._forget(job.key)
+        if self._reservation is not None and self._reservation.job is job:
+            self._reservation = None
         attempt = self._starts[job.key] = self._starts.get(job.key, 0) + 1
         placement = Placement(job, shape, where, attempt)
         self._number += 1

@@ -192,6 +192,39 @@ def test_a_wide_trial_is_not_starved_by_narrow_ones() -> None:
     assert all(s.end <= 30.0 for s in before)
 
 
+def test_a_wide_trial_is_not_starved_by_a_stream_of_evaluations() -> None:
+    """Each evaluation is short and within its share; together they would keep every node in part."""
+    steady = [trial(f"s{i}", 200.0 + 40 * i) for i in range(8)]
+    wide = trial("wide", 50, Resources(cpus=4))
+    exports = tuple((k / 100, k) for k in range(1, 101))
+    world = cluster([*steady, wide], nodes={"n0": Resources(cpus=4), "n1": Resources(cpus=4)}, exports=exports)
+    world.evaluations = lambda name, nimg: [simulated_eval(name, nimg, shape=Shape(ONE), seconds=4.0)]
+    drive(world, [*steady, wide])
+    (span,) = spans_of(world, "wide")
+    ends = sorted(end for s in steady for node, _, end in spans_of(world, s.key) if node == span[0])
+    assert span[1] <= ends[3] + 0.25 * 50 + 4.0  # the fourth of its node has ended, and evaluations had their share
+
+
+def test_a_trial_that_is_dropped_and_wanted_again_goes_on() -> None:
+    jobs = [trial("a", 100)]
+    world = cluster(jobs, cpus=1, exports=((0.2, 20), (0.4, 40), (1.0, 100)))
+    changes = iter([Changes(dropped={"a": "no longer in the study file"}, added=(jobs[0],))])
+    world.changes = lambda: next(changes, Changes())  # type: ignore[method-assign]
+    summary = run_jobs(jobs, world, world, Scheduler(waiting_trials(jobs, world)))
+    assert is_complete(jobs, world)
+    assert [r.message for r in summary.retries] == []
+    assert started(world).count("a") == 2
+
+
+def test_a_cancelled_trials_evaluations_come_back_with_it() -> None:
+    jobs = [trial("a", 100), trial("b", 100)]
+    world = cluster(jobs, cpus=2, exports=((0.5, 50), (1.0, 100)))
+    steps = iter([Changes(dropped={"a": "cancelled"}), Changes(), Changes(added=(jobs[0],))])
+    world.changes = lambda: next(steps, Changes())  # type: ignore[method-assign]
+    run_jobs(jobs, world, world, Scheduler(waiting_trials(jobs, world)))
+    assert is_complete(jobs, world)
+
+
 def test_higher_priority_goes_first_whatever_its_length() -> None:
     jobs = [trial("long", 50), trial("urgent", 5, priority=3), trial("middle", 20)]
     world = cluster(jobs, cpus=1)
