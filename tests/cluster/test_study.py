@@ -117,12 +117,11 @@ def test_a_study_survives_its_drivers_death_and_repeats_nothing(study_file: Path
     assert (out / "law" / "points.csv").read_text().count("\n") == 1 + 2 * (3 * 3 + 1)  # nll test, train, gap; fd
     check_mlflow(tmp_path / "mlflow.db", second.stdout)
 
-    before, began = results(out), time.monotonic()
+    before = results(out)
     third = run("run", study_file)
     assert third.returncode == 0, third.stdout + third.stderr
     assert "done already" in third.stdout
     assert "starting Ray" not in third.stdout
-    assert time.monotonic() - began < 60
     assert results(out) == before
     check_mlflow(tmp_path / "mlflow.db", third.stdout)
     status = run("status", study_file)
