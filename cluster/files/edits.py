@@ -18,6 +18,7 @@ from data_pipeline.errors import UserError
 
 NEXT = "study.next"  # in the study's folder: what `update` writes there for a driver elsewhere
 _LOOK_SECONDS = 2.0
+_TRIAL_SECONDS = 0.03  # between two looks at all trials' folders, a trial: a look may take a tenth of it
 
 Load = Callable[[Path], tuple[StudyConfig, list[Trial]]]
 
@@ -31,7 +32,7 @@ class Edits:
         self._next = folder.path / f"{NEXT}.yaml"
         self._seen = _mark(self._file)
         self._ended = self._verdicts()
-        self._look_at = 0.0
+        self._look_at = self._verdicts_at = 0.0
 
     def look(self) -> Changes:
         """What is new since the last call; nothing more often than every two seconds."""
@@ -41,7 +42,10 @@ class Edits:
         if asked_to_stop(self._folder.path):
             return Changes(stop=True, told=("asked to stop: the running trials save first",))
         edited = self._edited()
-        before, self._ended = self._ended, self._verdicts()
+        before = self._ended
+        if time.monotonic() >= self._verdicts_at:
+            self._verdicts_at = time.monotonic() + _TRIAL_SECONDS * len(self._folder.trials)
+            self._ended = self._verdicts()
         cancelled = {name: why for name, why in self._ended.items() if name not in before}
         again = [name for name in before if name not in self._ended and name in self._folder.trials]
         told = [f"{name} ends here: {why}" for name, why in cancelled.items()]
