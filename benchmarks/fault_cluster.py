@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
-from benchmarks.fault_marks import environment, kill_all, marked
+from benchmarks.fault_marks import environment, kill_all, passing_on
 
 OBJECT_STORE_BYTES = 80_000_000
 HEAD = "head"
@@ -79,22 +79,21 @@ class LocalCluster:
         from ray.cluster_utils import Cluster
 
         # Not 127.0.0.1, which Ray takes for the name of an address that is seen from outside.
-        head = self._settings(HEAD, 2) | {"num_cpus": 0, "include_dashboard": False}
-        self._cluster = Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
+        head = self._settings(2) | {"num_cpus": 0, "include_dashboard": False}
+        with passing_on(f"{self.token}/{HEAD}"):
+            self._cluster = Cluster(initialize_head=True, head_node_args=head, shutdown_at_exit=False)
         self._nodes: dict[str, Any] = {}
         self.address = str(self._cluster.address)
         for name in self.names:
             self.add(name)
 
-    def _settings(self, name: str, last_byte: int) -> dict[str, Any]:
-        return {
-            "object_store_memory": OBJECT_STORE_BYTES, "node_ip_address": f"127.0.0.{last_byte}",
-            "env_vars": marked(f"{self.token}/{name}"),
-        }  # fmt: skip
+    def _settings(self, last_byte: int) -> dict[str, Any]:
+        return {"object_store_memory": OBJECT_STORE_BYTES, "node_ip_address": f"127.0.0.{last_byte}"}
 
     def add(self, name: str) -> None:
-        settings = self._settings(name, 3 + self.names.index(name))
-        self._nodes[name] = self._cluster.add_node(num_cpus=self._cpus, **settings)
+        settings = self._settings(3 + self.names.index(name))
+        with passing_on(f"{self.token}/{name}"):
+            self._nodes[name] = self._cluster.add_node(num_cpus=self._cpus, **settings)
 
     def kill(self, name: str) -> None:
         kill_all(f"{self.token}/{name}")

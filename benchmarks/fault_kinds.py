@@ -27,7 +27,7 @@ class Hit:
 
     what: str
     trials: tuple[str, ...] = ()  # whose work was interrupted
-    mend: Callable[[], object] = lambda: None
+    mend: Callable[[], str | None] = lambda: None  # returns what is wrong, if something is
     deadly: bool = True  # these trials' processes end by it, so others must take their work up
 
 
@@ -146,12 +146,14 @@ def _head(stage: Stage, chance: random.Random) -> Hit | None:
     )
 
 
-def _another_cluster(stage: Stage) -> None:
-    """The driver has ended when it is started again, or is ended: it cannot move to another cluster."""
-    if not wait_for(lambda: stage.driver.code is not None, seconds=_NOTICED_SECONDS):
+def _another_cluster(stage: Stage) -> str | None:
+    """The driver cannot move to another cluster, so it must end by itself before it is started again."""
+    noticed = wait_for(lambda: stage.driver.code is not None, seconds=_NOTICED_SECONDS)
+    if not noticed:
         stage.driver.kill()
     stage.cluster.renew()
     stage.driver.start()
+    return None if noticed else f"the driver did not notice it in {_NOTICED_SECONDS:.0f} s, and had to be killed"
 
 
 def _cable(stage: Stage, chance: random.Random) -> Hit | None:

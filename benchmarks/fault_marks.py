@@ -13,9 +13,14 @@ import psutil
 MARK = "FAULTS_MARK"  # TOKEN/WHERE: of which rehearsal, on which of its nodes
 
 
-def marked(mark: str) -> dict[str, str]:
-    """The environment variable that marks a process and all that it starts."""
-    return {MARK: mark}
+@contextlib.contextmanager
+def passing_on(mark: str) -> Iterator[None]:
+    """Mark the processes that this one starts in the block."""
+    os.environ[MARK] = mark
+    try:
+        yield
+    finally:
+        del os.environ[MARK]
 
 
 def mark_of(process: psutil.Process) -> str:
@@ -62,7 +67,7 @@ def kill_all(mark: str) -> int:
 
 def environment(mark: str, more: Mapping[str, str] | None = None) -> dict[str, str]:
     """This process's environment with a mark."""
-    return {**os.environ, **(more or {}), **marked(mark)}
+    return {**os.environ, **(more or {}), MARK: mark}
 
 
 def _with(mark: str) -> Iterator[psutil.Process]:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import csv
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from benchmarks.fault_kinds import FAULTS, Fault, Hit, training
 from benchmarks.fault_stage import Stage, wait_for
@@ -18,6 +19,9 @@ _FIRST, _LAST = 0.06, 0.8  # of the training, between which faults are spread
 _MAX_RESTARTS = 5
 # Faults of which the journal must say what was tried again and why; the others leave no job to be tried again.
 TOLD = ("trainer", "node", "long node", "evaluator", "worker", "disk")
+
+# Faults that end all trials: devices are given anew then, and one of these trials may wait behind others.
+EVERYTHING = ("driver", "head")
 
 
 @dataclass(frozen=True)
@@ -135,21 +139,22 @@ class _Play:
         self.struck.append(struck)
         self.say(f"{struck.at:5.0f} s, {struck.progress:4.0%}: {kind}: {struck.what}")
         self.wait(lambda: time.monotonic() - at >= planned.away, patience=planned.away + 1)
-        hit.mend()
-        seen, num_results = watch.images(), len(watch.results())
-        if self.wait(lambda: self.is_back(hit, kind, self.began_at + struck.at, seen, num_results), patience=_PATIENCE):
+        complaint = hit.mend()
+        struck.ends += [complaint] if complaint else []
+        seen = watch.images()
+        if self.wait(lambda: self.is_back(hit, kind, self.began_at + struck.at, seen), patience=_PATIENCE):
             struck.back = time.monotonic() - at
         self.say(f"        back after {struck.back:.0f} s" if struck.back is not None else "        not back")
 
-    def is_back(self, hit: Hit, kind: str, at: float, seen: dict[str, int], num_results: int) -> bool:
+    def is_back(self, hit: Hit, kind: str, at: float, seen: dict[str, int]) -> bool:
         """Is the work that was interrupted further than it was?"""
         stage = self.stage
         if kind == "mlflow":
             return stage.tracker is not None and stage.tracker.answers()
-        if not hit.trials:
-            return len(stage.watch.results()) > num_results
-        images = stage.watch.images()
-        return all(
+        if kind == "evaluator":
+            return any(_is_second_try(event) and event["time"] > at for event in stage.watch.events())
+        images, all_or_one = stage.watch.images(), any if kind in EVERYTHING else all
+        return all_or_one(
             (stage.watch.out / "trials" / trial / "result.json").exists()
             or (
                 images.get(trial, 0) > seen.get(trial, 0)
@@ -198,6 +203,12 @@ class _Play:
                 f"{event['key']}: {event['message']}" for event in events
                 if event["event"] == "retry" and moments[i] <= event["time"] < moments[i + 1]
             ]  # fmt: skip
+
+
+def _is_second_try(event: Mapping[str, Any]) -> bool:
+    """Is it the good end of an evaluation that had to be tried again?"""
+    facts = [event["event"], event.get("kind"), event.get("status")]
+    return facts == ["ended", "evaluation", "done"] and int(event["attempt"]) > 1
 
 
 def _problems(stage: Stage, play: _Play) -> list[str]:

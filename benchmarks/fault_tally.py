@@ -31,8 +31,9 @@ It runs `python -m cluster.study run` on a real Ray of a head and several nodes,
 which come one after the other in one run of the study. A seed decides their order, their moments (by progress of the
 training), their victims and how long they last. Nothing in the study knows of them. A fault counts as survived when
 
-- the work that it interrupted went on, without anybody's help, until it was further than before; only a killed driver
-  and a killed MLflow server are started again, by the command that started them;
+- the work that it interrupted went on, without anybody's help, until every trial that it struck was further than before
+  (where all were struck, with their driver, one of them); only a killed driver and a killed MLflow server are started
+  again, by the command that started them;
 - nothing that had been finished before it (a trial, an evaluation) was made again: the files are the same;
 - the study's journal says which job was tried again, and why, where one was (not for a killed driver, a frozen process
   or a killed tracker: they leave no job that has failed).
