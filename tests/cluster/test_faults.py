@@ -6,15 +6,17 @@ import json
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.fault_cluster import LocalCluster
 from benchmarks.fault_kinds import FAULTS
 from benchmarks.fault_marks import environment, found, kill_all
-from benchmarks.fault_round import plan
-from benchmarks.fault_stage import Scale
+from benchmarks.fault_round import Planned, plan, run_round
+from benchmarks.fault_stage import Scale, make_data, stage
 from benchmarks.fault_tables import compare
 from benchmarks.fault_watch import StudyWatch, new_or_changed, started_again
 from benchmarks.faults import KINDS, WIDE, rehearse
@@ -27,18 +29,39 @@ def complaints(tally: dict[str, Any]) -> list[str]:
     return [*tally["undisturbed"]["problems"], *found["problems"], *map(str, lost), *found["comparison"]["wrong"]]
 
 
+def weights(exports: Path) -> dict[str, str]:
+    """Checksums of a run's exported tensors."""
+    manifests = {path.parent.name: json.loads(path.read_text()) for path in exports.glob("*/manifest.json")}
+    return {
+        f"{export}/{name}": about["sha256"]
+        for export, manifest in manifests.items() for name, about in manifest["files"].items()
+        if name.endswith(".safetensors")
+    }  # fmt: skip
+
+
 @pytest.mark.timeout(600)
-def test_a_study_survives_a_node_and_a_training_process(tmp_path: Path) -> None:
-    scale = Scale(
-        sizes=(4, 8), seeds=(0,), budget=1024, checkpoint=128, points=2, splits=("test",), distance=False
-    )  # fmt: skip
-    tally = rehearse(tmp_path / "faults", ["node", "trainer"], rounds=1, seed=0, scale=scale, cpus=1)
-    assert tally["good"], complaints(tally)
-    (found,) = tally["rounds"]
-    assert sorted(one["kind"] for one in found["struck"]) == ["node", "trainer"]
-    assert all(one["told"] for one in found["struck"])
-    assert found["comparison"]["num_identical"] == found["comparison"]["num_points"] > 0
-    assert not found["comparison"]["relaid"]
+def test_a_study_that_lost_a_node_and_a_process_trains_what_an_undisturbed_trainer_does(tmp_path: Path) -> None:
+    scale = Scale(sizes=(4, 8), seeds=(0,), budget=1024, checkpoint=128, points=2, splits=("test",), distance=False)
+    planned = [Planned(FAULTS["trainer"], 0.1, 0.0), Planned(FAULTS["node"], 0.4, 1.0)]
+    data, out = make_data(tmp_path), tmp_path / "study" / "out"
+    cluster = partial(LocalCluster, "twin", num_nodes=2, cpus=1)
+    with stage(tmp_path / "study", cluster, scale=scale, data=data, mlflow=False, small_disk=False) as there:
+        result = run_round(there, planned, seed=0, say=print)
+    assert result.good, result
+    assert [one.kind for one in result.struck] == ["trainer", "node"]
+    assert all(one.told for one in result.struck)
+    trials = [out / "trials" / name for name in ("channels4-seed0", "channels8-seed0")]
+    alone = [
+        subprocess.Popen(
+            [sys.executable, "trainer/run.py", "--config", trial / "trial.yaml", f"run.folder={tmp_path / trial.name}"]
+        )
+        for trial in trials
+    ]
+    assert [process.wait() for process in alone] == [0, 0]
+    for trial in trials:
+        assert len(weights(trial / "exports")) == 4  # two exports of the weights and their average
+        assert weights(trial / "exports") == weights(tmp_path / trial.name / "exports")
+        assert len(list(trial.glob("evals/*/*.json"))) == 2
 
 
 @pytest.mark.prove
