@@ -5,15 +5,15 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 from cluster.definition.spec import StudyConfig
-from cluster.definition.trials import data_folders
+from cluster.definition.trials import Trial, data_folders
 from cluster.files.edits import Edits
 from cluster.files.folder import StudyFolder, requests
 from cluster.heartbeat import heartbeat
-from cluster.planning.fits import check_fits_memory, check_fits_storage
+from cluster.planning.fits import check_fits_devices, check_fits_storage
 from cluster.scheduling.driver import Summary, Watcher, is_complete, run_jobs, waiting_trials
 from cluster.scheduling.jobs import Resources, TrialJob
 from cluster.scheduling.scheduler import Scheduler
@@ -110,6 +110,16 @@ def _run_missing(folder: StudyFolder, edits: Edits, jobs: list[TrialJob], addres
             backend = RayBackend(address, grows=grows, allow_skew=allow_skew)
         stop.listen()  # after Ray, which sets handlers of its own
         stack.callback(backend.close)
+        seen: dict[str, Resources] = {}
+
+        def fits(study: StudyConfig, trials: Sequence[Trial]) -> None:
+            seen.update(backend.nodes())  # a node that is lost for now counts
+            left = [trial for trial in trials if trial.name not in folder.trials or not folder.trial_done(trial.name)]
+            evaluates = any(trial.evaluated for trial in trials)
+            check_fits_devices(study, left, {**seen, **promised_nodes(study)}, evaluates=evaluates)
+
+        fits(study, list(folder.trials.values()))
+        edits.fits = fits
         names = NodeNames(backend)
         display = Display(folder, names)
         journal, status = Journal(folder.path, names), StatusFile(folder, names, address)
@@ -131,7 +141,6 @@ def _preflight(folder: StudyFolder) -> None:
     from evaluation.features import get_feature_net
 
     trials = list(folder.trials.values())
-    check_fits_memory(folder.study, trials)
     try:
         check_fits_storage(folder.study, trials, folder.path)
     except UserError as error:

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING
 
 from cluster.heartbeat import heartbeat
 from data_pipeline.errors import UserError, run_cli
+from data_pipeline.files import mark_of
 
 if TYPE_CHECKING:  # torch, which counts the FLOPs, takes seconds to import
     from cluster.definition.spec import StudyConfig
@@ -49,22 +50,23 @@ def main() -> int:
             file, address=args.address, root=args.root, out=args.out, overrides=args.overrides, env=args.env,
             follow=args.follow,
         )  # fmt: skip
+    read_at = mark_of(file)
     with heartbeat("reading the study"):
         study, trials = _load(file, args.overrides)
         if args.root is not None:
             _enter(args.root)
         folder = _folder(args, study, trials)
     if args.action == "run":
-        return _run(args, folder, file)
+        return _run(args, folder, file, read_at)
     return _ACTIONS[args.action](args, folder)
 
 
-def _run(args: argparse.Namespace, folder: StudyFolder, file: Path) -> int:
+def _run(args: argparse.Namespace, folder: StudyFolder, file: Path, read_at: tuple[int, int] | None) -> int:
     from cluster.files.edits import Edits
     from cluster.run import run_study
 
     with folder.lock():
-        edits = Edits(folder, file, lambda path: _load(path, args.overrides if path == file else []))
+        edits = Edits(folder, file, lambda path: _load(path, args.overrides if path == file else []), read_at=read_at)
         return run_study(folder, edits, address=args.address, command=_command(args))
 
 

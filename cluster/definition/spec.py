@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, FiniteFloat, field_validator, model_validator
 
 from cluster.definition.ladder import OF_THE_STUDY, Ladder
 from data_pipeline.errors import ConfigError
@@ -31,7 +31,9 @@ class ExtraTrial(Section):
 class Budget(Section):
     """How long each trial trains: one of the two, the same for all."""
 
-    flops: float | None = Field(default=None, gt=0)  # training FLOPs: curves of all sizes end at the same compute
+    flops: float | None = Field(
+        default=None, gt=0, allow_inf_nan=False
+    )  # training FLOPs: curves of all sizes end at the same compute
     images: int | None = Field(default=None, ge=1)
 
     @model_validator(mode="after")
@@ -73,7 +75,7 @@ class EvaluationConfig(Section):
     num_points: int = Field(default=8, ge=1, le=1000)  # log-spaced from min_images to the budget
     min_images: int = Field(default=512, ge=1)
     images: tuple[int, ...] | None = None  # or these very points, and the budget
-    flops: tuple[float, ...] | None = None  # or where all sizes have had so much compute, and the budget
+    flops: tuple[FiniteFloat, ...] | None = None  # or where all sizes have had so much compute, and the budget
     nll: NllConfig | None = NllConfig()
     distance: DistanceConfig | None = None
     seed: int = Field(default=0, ge=0)

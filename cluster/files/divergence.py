@@ -24,6 +24,7 @@ class ErrorWatch:
     """The errors of one run, read as they are written."""
 
     rule: EarlyStop
+    after: int = -1  # images: what came before does not count
     _place: Place = field(default_factory=Place)
     _nimg: int = -1
     _recent: deque[float] = field(default_factory=deque)
@@ -33,7 +34,7 @@ class ErrorWatch:
         """Read what is new. Returns why the run should end, or None."""
         records, self._place = read_new_train_records(run, self._place)
         for record in records:
-            if record.nimg > self._nimg and ERROR in record.values:
+            if record.nimg > max(self._nimg, self.after) and ERROR in record.values:
                 self._nimg = record.nimg
                 found = self._add(record.values[ERROR])
                 if found is not None:

@@ -21,7 +21,7 @@ from cluster.definition.shapes import eval_shape, trial_shapes
 from cluster.definition.spec import StudyConfig
 from cluster.definition.trials import Trial, trial_config
 from cluster.files.divergence import ErrorWatch
-from cluster.files.verdicts import State, read_verdict, write_verdict
+from cluster.files.verdicts import State, forgiven_until, read_verdict, write_verdict
 from cluster.planning.costs import evaluation_seconds, trial_seconds
 from cluster.scheduling.jobs import Changes, EvalJob, TrialJob
 from data_pipeline.errors import ConfigError, UserError
@@ -82,7 +82,11 @@ class StudyFolder:
         for name, config in configs.items():
             save_config(config, self.run_folder(name) / "trial.yaml")
         save_portable(self.study, self.path)
-        return [self.job(name) for name in self.trials]
+        return [self.wanted(name) for name in self.trials]
+
+    def forget_errors(self, trial: str) -> None:
+        """A trial has another chance: what it did before no longer speaks against it."""
+        self._errors.pop(trial, None)
 
     def adopt(self, study: StudyConfig, trials: Sequence[Trial]) -> tuple[tuple[TrialJob, ...], tuple[str, ...]]:
         """Be another study from here on, one whose trials continue this one's.
@@ -94,14 +98,19 @@ class StudyFolder:
             raise ConfigError(f"name={study.name}: a running study keeps its name, {self.study.name}.")
         other = StudyFolder(self.path, study, trials)
         jobs = {job.key: job for job in other.prepare()}
-        same_shapes = study.resources == self.study.resources
-        changed = [name for name, trial in other.trials.items() if not same_shapes or self.trials.get(name) != trial]
+        alike = (study.resources, study.evaluation) == (self.study.resources, self.study.evaluation)
+        changed = [name for name, trial in other.trials.items() if not alike or self.trials.get(name) != trial]
         dropped = tuple(name for name in self.trials if name not in other.trials)
         self.study, self.trials = other.study, other.trials
         self._exports_seen.clear()
+        self._errors.clear()  # the rule may be another
         return tuple(jobs[name] for name in changed), dropped
 
-    def job(self, name: str) -> TrialJob:
+    def job(self, name: str) -> TrialJob | None:
+        return self.wanted(name) if name in self.trials else None
+
+    def wanted(self, name: str) -> TrialJob:
+        """A trial of the study as a job, with the time that is left of it."""
         trial = self.trials[name]
         left = 1.0 - min(1.0, self.progress(name) / trial.total_images)
         seconds = trial_seconds(self.study, trial) * left
@@ -143,7 +152,10 @@ class StudyFolder:
             return {}
         found = {}
         for name in trials:
-            why = self._errors.setdefault(name, ErrorWatch(rule)).look(self.run_folder(name))
+            run = self.run_folder(name)
+            if name not in self._errors:
+                self._errors[name] = ErrorWatch(rule, after=forgiven_until(run))
+            why = self._errors[name].look(run)
             if why is not None:
                 found[name] = why
         return found
@@ -165,8 +177,11 @@ class StudyFolder:
         smaller = [n for n in divisors(share) if n <= before // 2]
         if (folder / MICRO_BATCH).exists() or not smaller:
             return None
-        write_json(folder / MICRO_BATCH, {"micro_batch": max(smaller), "before": before})
-        save_config(_with_micro_batch(config, max(smaller)), folder / "trial.yaml")
+        try:
+            write_json(folder / MICRO_BATCH, {"micro_batch": max(smaller), "before": before})
+            save_config(_with_micro_batch(config, max(smaller)), folder / "trial.yaml")
+        except OSError as error:  # a full disk
+            return f"its micro-batch could not be made smaller: {error}"
         return f"micro-batch {max(smaller)} instead of {before}, the global batch stays {config.train.global_batch}"
 
     def changes(self) -> Changes:

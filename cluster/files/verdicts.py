@@ -15,6 +15,7 @@ from data_pipeline.files import write_json
 
 State = Literal["cancelled", "diverged"]
 VERDICT, STOP = "verdict.json", "stop.json"
+FORGIVEN = "forgiven.json"  # in a run's folder: how far it had come when a verdict was taken back
 
 
 @dataclass(frozen=True)
@@ -47,11 +48,22 @@ def write_verdict(run: Path, state: State, reason: str, nimg: int) -> Verdict:
 
 def remove_verdict(run: Path) -> bool:
     """Give the trial another chance. Returns whether there was a verdict."""
+    before = read_verdict(run)
+    if before is not None:
+        write_json(run / FORGIVEN, {"nimg": before.nimg})
     try:
         (run / VERDICT).unlink()
     except FileNotFoundError:
         return False
     return True
+
+
+def forgiven_until(run: Path) -> int:
+    """Images up to which a trial that has another chance is not judged; -1 for one that never ended."""
+    try:
+        return int(json.loads((run / FORGIVEN).read_text())["nimg"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return -1
 
 
 def ask_to_stop(study: Path) -> None:

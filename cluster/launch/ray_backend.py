@@ -26,6 +26,8 @@ from data_pipeline.errors import UserError
 
 _ANSWER_SECONDS = 10.0
 _PROBE_SECONDS = 1.0  # for a node of the cluster to answer
+_GONE_SECONDS = 30.0  # what a job gets to end after its node has died
+_NUM_PROBES = 3  # at a look at the nodes
 # Ray of one machine (its default on systems other than Linux): it listens on loopback, not on all interfaces.
 _ONE_MACHINE = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 _OBJECT_STORE_BYTES = 100_000_000  # nothing but paths and numbers goes through it
@@ -42,6 +44,7 @@ class _Running:
     waited_for: int = 0  # actors that have not ended
     ended: list[Ended] = field(default_factory=list)
     give_up_at: float | None = None  # when the others have had time enough to end
+    gone_since: float | None = None  # one of its nodes
 
 
 @dataclass
@@ -80,7 +83,7 @@ class RayBackend:
         self._nodes: dict[str, Resources] = {}
         self._addresses: dict[str, str] = {}
         self._ports: dict[str, tuple[str, int]] = {}  # where each node's own process listens
-        self._silent: set[str] = set()  # nodes that Ray, which takes its time, believes alive and that do not answer
+        self._silent: list[str] = []  # nodes that Ray, which takes its time, believes alive and that do not answer
         self._versions: dict[str, str] = {}
         self._looked_at = self._wanted_at = self._read_at = float("-inf")
         self._wanted: list[dict[str, float]] = []
@@ -95,13 +98,19 @@ class RayBackend:
             self._ports = {
                 node: (about["NodeManagerAddress"], about["NodeManagerPort"]) for node, about in alive.items()
             }
-            self._silent = {node for node in self._silent if node in alive and not _answers(*self._ports[node])}
+            self._ask_the_silent(alive)
             alive = {node: about for node, about in alive.items() if node not in self._silent}
             devices = {node: _resources(about["Resources"]) for node, about in alive.items()}
             self._nodes = {node: has for node, has in devices.items() if has.cpus or has.gpus}
             self._addresses |= {node: about["NodeManagerAddress"] for node, about in alive.items()}
             self._idle = [idle for idle in self._idle if idle.node in alive]
         return self._nodes
+
+    def _ask_the_silent(self, alive: Mapping[str, Any]) -> None:
+        """A few at a time: each may take its second not to answer."""
+        self._silent = [node for node in self._silent if node in alive]
+        asked, later = self._silent[:_NUM_PROBES], self._silent[_NUM_PROBES:]
+        self._silent = later + [node for node in asked if not _answers(*self._ports[node])]
 
     def name(self, node: str) -> str:
         address = self._addresses[node]
@@ -260,7 +269,7 @@ class RayBackend:
         except self._ray.exceptions.RayTaskError as error:  # it raised what it should not
             ended = Ended("failed", _short(error))
         except self._ray.exceptions.RayError as error:  # its worker or its node died
-            ended = Ended("lost", _short(error))
+            ended = Ended("out_of_memory" if _lacked_memory(error) else "lost", _short(error))
             self._look_after(running.placement.nodes)
         running.ended.append(ended)
         if ended.status != "done" and running.waited_for and running.give_up_at is None:
@@ -271,11 +280,17 @@ class RayBackend:
         """Something died there: nothing is to be sent to a node that has died with it."""
         dead = {node for node in nodes if node in self._ports and not _answers(*self._ports[node])}
         if dead:
-            self._silent |= dead
+            self._silent += [node for node in dead if node not in self._silent]
             self._looked_at = float("-inf")
 
     def _is_over(self, running: _Running) -> bool:
         if running.waited_for == 0:
+            return True
+        if all(node in self._nodes for node in running.placement.nodes):
+            running.gone_since = None
+        elif running.gone_since is None:
+            running.gone_since = self.now()
+        elif self.now() - running.gone_since > _GONE_SECONDS:  # what waits for a dead node would wait for ever
             return True
         return running.give_up_at is not None and self.now() > running.give_up_at
 
@@ -283,8 +298,8 @@ class RayBackend:
         job = running.placement.job
         for reference in [reference for reference, key in self._references.items() if key == job.key]:
             del self._references[reference]
-        ended = min(running.ended, key=_explains)
-        if isinstance(job, EvalJob) and ended.status != "lost":
+        ended = min(running.ended or [Ended("lost", "its node has died")], key=_explains)
+        if isinstance(job, EvalJob) and ended.status == "done":  # one that failed may be broken itself
             (node,) = running.placement.nodes
             self._idle.append(_Idle(node, running.placement.shape.per_node, running.actors[0], self.now()))
         else:
@@ -306,6 +321,11 @@ class RayBackend:
 _ORDER: tuple[Status, ...] = (
     "user_error", "diverged", "out_of_memory", "no_space", "lost", "failed", "stopped", "done",
 )  # fmt: skip
+
+
+def _lacked_memory(error: Exception) -> bool:
+    """Did Ray's memory monitor end the worker? It does so before the system would."""
+    return type(error).__name__ == "OutOfMemoryError" or "memory monitor" in str(error) or "due to OOM" in str(error)
 
 
 def _explains(ended: Ended) -> tuple[int, bool]:

@@ -22,13 +22,20 @@ from trainer.micro_batch import USABLE
 _KEPT = ("exports", "checkpoints")  # the folders of a run that its disk space is reckoned for
 
 
-def check_fits_devices(study: StudyConfig, trials: Sequence[Trial], nodes: Mapping[str, Resources]) -> None:
-    """Raises ConfigError for what `nodes` can never hold, were they empty, and for too little memory of a device."""
+def check_fits_devices(
+    study: StudyConfig, trials: Sequence[Trial], nodes: Mapping[str, Resources], *, evaluates: bool | None = None
+) -> None:
+    """Raises ConfigError for what `nodes` can never hold, were they empty, and for too little memory of a device.
+
+    `evaluates`: is there anything to evaluate? Default: as these trials say.
+    """
     for trial in _one_a_rung(trials):
         shapes = trial_shapes(study, trial)
         if not any(can_ever_fit(shape, nodes) for shape in shapes):
             raise _no_room(f"trial {trial.name}", shapes[-1], nodes, *_TRIAL_REMEDY)
-    if any(trial.evaluated for trial in trials) and not can_ever_fit(eval_shape(study), nodes):
+    if evaluates is None:
+        evaluates = any(trial.evaluated for trial in trials)
+    if evaluates and not can_ever_fit(eval_shape(study), nodes):
         raise _no_room("an evaluation", eval_shape(study), nodes, *_EVALUATION_REMEDY)
     check_fits_memory(study, trials)
 

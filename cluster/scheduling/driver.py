@@ -71,22 +71,20 @@ def run_jobs(
     Raises UserError with its message when a job fails by a mistake of the user's, or can never fit the cluster; other
     trials save and end first.
     """
-    check_fits(trials, {**backend.nodes(), **(promised or {})})
-    loop = _Loop(files, backend, scheduler, watchers, promised or {})
+    check_fits(waiting_trials(trials, files), {**backend.nodes(), **(promised or {})})
+    loop = _Loop(files, backend, scheduler, watchers)
     try:
         return loop.run([trial.key for trial in trials], stop_requested)
-    except (UserError, OSError):  # the latter: the driver's own disk
+    except Exception:  # whatever it is, what runs is to save
         backend.stop()
         raise
 
 
 class _Loop:
     def __init__(
-        self, files: StudyFiles, backend: Backend, scheduler: Scheduler, watchers: Sequence[Watcher],
-        promised: Mapping[str, Resources],
+        self, files: StudyFiles, backend: Backend, scheduler: Scheduler, watchers: Sequence[Watcher]
     ) -> None:  # fmt: skip
-        self.files, self.backend, self.scheduler = files, backend, scheduler
-        self.watchers, self.promised = watchers, promised
+        self.files, self.backend, self.scheduler, self.watchers = files, backend, scheduler, watchers
         self.nodes: Mapping[str, Resources] = {}
         self.names: dict[str, str] = {}
         self.unseen: dict[str, float] = {}  # finished trials whose files do not all show yet, and until when to wait
@@ -115,7 +113,7 @@ class _Loop:
                     look_at.append(outcome.job.key)
             self.stop_the_diverging(running)
             changes = self.files.changes()
-            look_at += self.apply(changes)
+            self.apply(changes)
             for watcher in self.watchers:
                 watcher.tick(self.scheduler, self.nodes)
             if changes.stop or stop_requested():
@@ -152,9 +150,10 @@ class _Loop:
         if outcome.status == "user_error":
             raise UserError(f"{job.key}: {outcome.message}")
         verdict = self.judge(outcome)
-        if isinstance(job, TrialJob) and verdict is None:
+        wanted = self.files.job(job.key) if isinstance(job, TrialJob) else None
+        if isinstance(job, TrialJob) and wanted is not None and verdict is None:
             self.unseen[job.key] = self.backend.now() + _STORAGE_SECONDS
-            if (wanted := self.files.job(job.key)).images > job.images:
+            if wanted.images > job.images:
                 self.scheduler.add_trials([wanted])  # its budget was raised meanwhile
         for watcher in self.watchers:
             watcher.ended(outcome, verdict)
@@ -165,7 +164,8 @@ class _Loop:
         if isinstance(job, EvalJob):
             return self.scheduler.ended(outcome, now)
         remedy = self.files.shrink_micro_batch(job.key) if outcome.status == "out_of_memory" else None
-        verdict = self.scheduler.ended(outcome, now, progress=self.files.progress(job.key), remedy=remedy)
+        progress, again = self.files.progress(job.key), self.files.job(job.key)
+        verdict = self.scheduler.ended(outcome, now, progress=progress, remedy=remedy, again=again)
         if isinstance(verdict, Failure) and verdict.state == "diverged":
             self.files.end_trial(job.key, "diverged", verdict.message)
         return verdict
@@ -176,16 +176,15 @@ class _Loop:
             self.drop(trial, why)
             self.tell(f"stopping {trial}: {why}")
 
-    def apply(self, changes: Changes) -> list[str]:
-        """Do what was asked for. Returns the trials whose evaluations may have become other ones."""
+    def apply(self, changes: Changes) -> None:
+        """Do what was asked for."""
         for text in changes.told:
             self.tell(text)
         for trial, why in changes.dropped.items():
             self.drop(trial, why)
-        if changes.added:
-            check_fits(changes.added, {**self.nodes, **self.promised})
-            self.scheduler.add_trials(waiting_trials(changes.added, self.files))
-        return [job.key for job in changes.added]
+        self.scheduler.add_trials(waiting_trials(changes.added, self.files))
+        for job in changes.added:
+            self.scheduler.replace_evaluations(job.key, self.files.missing_evaluations(job.key))
 
     def drop(self, trial: str, why: str) -> None:
         if self.scheduler.drop(trial, why):

@@ -159,8 +159,8 @@ class Changes:
 class StudyFiles(Protocol):
     """What exists of a study: the truth, whoever made it."""
 
-    def job(self, trial: str) -> TrialJob:
-        """As it is wanted now."""
+    def job(self, trial: str) -> TrialJob | None:
+        """As it is wanted now; None where it was taken out of the study."""
 
     def trial_done(self, trial: str) -> bool: ...
 

@@ -109,6 +109,16 @@ class Scheduler:
                 self._known.add(job.key)
                 self._wait(job)
 
+    def replace_evaluations(self, trial: str, jobs: Iterable[EvalJob]) -> None:
+        """These are a trial's evaluations now: others that wait are forgotten."""
+        wanted = {job.key: job for job in jobs}
+        waiting = [key for key, job in self._waiting.items() if isinstance(job, EvalJob) and job.trial == trial]
+        for key in waiting:
+            if key not in wanted:
+                self._forget(key)
+                self._known.discard(key)
+        self.add_evaluations(wanted.values())
+
     def drop(self, trial: str, why: str) -> bool:
         """Forget a trial and its waiting evaluations. True: it runs, and must be told to end."""
         for key in [k for k, job in self._waiting.items() if k == trial or _trial_of(job) == trial]:
@@ -172,11 +182,12 @@ class Scheduler:
             job = queue[0].job
             shape = self._usable_shape(job, now)
             where = self._room(job, shape, now) if shape else None
+            if shape is not None and where is None and not blocked and isinstance(job, TrialJob):
+                self._reserve(job, shape, now)
+                where = self._room(job, shape, now)  # another trial's reservation may have been all that was in its way
+                blocked = where is None
             if shape is None or where is None:
                 open_queues.remove(queue)
-                if shape is not None and not blocked and isinstance(job, TrialJob):
-                    self._reserve(job, shape, now)
-                    blocked = True
                 continue
             placed.append(self._start(job, shape, where, now))
             heapq.heappop(queue)
@@ -201,16 +212,24 @@ class Scheduler:
         return True
 
     def ended(
-        self, outcome: Outcome, now: float, *, progress: int = 0, remedy: str | None = None
+        self,
+        outcome: Outcome,
+        now: float,
+        *,
+        progress: int = 0,
+        remedy: str | None = None,
+        again: TrialJob | None = None,
     ) -> Retry | Failure | None:
         """Note how a job ended. Returns what became of it when it is not done.
 
         Args:
+            again: the trial as it is wanted now, and with what is left of it, for when it is tried again.
             progress: images that the trial has saved; more than at its last failure makes that forgotten.
             remedy: what was changed so that it does not run out of memory again.
         """
         entry = self._leave(outcome.job.key)
         job, why = entry.placement.job, self._ending.pop(outcome.job.key, None)
+        next_job = again or job
         if outcome.status == "done":
             self.num_done += 1
             self._troubles.forget(job.key)
@@ -221,14 +240,14 @@ class Scheduler:
             return Failure(job, entry.placement.attempt, why, "cancelled")
         if job.key in self._wanted_again:
             self._wanted_again.discard(job.key)
-            self._wait(job)
+            self._wait(next_job)
             return Retry(job, entry.placement.attempt, 0.0, "it is wanted again", outcome.status)
         verdict = self._troubles.verdict(outcome, entry.placement.attempt, now, progress=progress, remedy=remedy)
         if isinstance(verdict, Failure):
             self.failures.append(verdict)
         else:
             self.retries.append(verdict)
-            self._wait(job, now + verdict.pause)
+            self._wait(next_job, now + verdict.pause)
             if verdict.status == "no_space":
                 self._disk, self._disk_looked_at = "full", now + verdict.pause
         return verdict

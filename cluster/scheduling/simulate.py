@@ -123,8 +123,8 @@ class SimulatedCluster:
 
     # ---- the files ----------------------------------------------------------------------------------------------
 
-    def job(self, trial: str) -> TrialJob:
-        return self.trials[trial].job
+    def job(self, trial: str) -> TrialJob | None:
+        return self.trials[trial].job if trial in self.trials else None
 
     def trial_done(self, trial: str) -> bool:
         return trial in self.done

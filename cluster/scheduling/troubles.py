@@ -78,7 +78,7 @@ class Troubles:
         if self._exhausted(record, outcome.status, now):
             return Failure(job, attempt, message)
         record.pauses += 1
-        pause = min(self._policy.longest_pause, self._policy.first_pause * 2.0 ** (record.pauses - 1))
+        pause = min(self._policy.longest_pause, self._policy.first_pause * 2.0 ** min(record.pauses - 1, 40))
         return Retry(job, attempt, pause, message, outcome.status)
 
     def _exhausted(self, record: _Record, status: Status, now: float) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import sys
 import time
@@ -32,15 +33,17 @@ class Display(Watcher):
         self._next = 0.0
         self._live = sys.stdout.isatty()
         self._starts: dict[str, float] = {}
+        self._trials = dict(folder.trials)  # also those that are taken out of the study while they run
 
     def started(self, placement: Placement) -> None:
         job = placement.job
+        self._trials |= self._folder.trials
         self._starts[job.key] = time.time()
         if isinstance(job, TrialJob):
             saved = self._folder.progress(job.key)
             since = f" from {saved:,} images" if saved else ""
             again = f", start {placement.attempt}" if placement.attempt > 1 else ""
-            total = self._folder.trials[job.key].total_images
+            total = self._trials[job.key].total_images
             self.say(f"training   {self._size(job.key)}: {total:,} images{since}{self._where(placement)}{again}")
 
     def ended(self, outcome: Outcome, verdict: Retry | Failure | None) -> None:
@@ -83,20 +86,20 @@ class Display(Watcher):
         width = shutil.get_terminal_size().columns - 1 if self._live else _LOG_WIDTH
         line = fitted(head, parts, num, width)
         if self._live:
-            print(f"\r\x1b[K{line}", end="", flush=True)
+            _show(f"\r\x1b[K{line}", end="")
         else:
-            print(line, flush=True)
+            _show(line)
 
     def say(self, text: str) -> None:
         """A line that stays."""
-        print(("\r\x1b[K" if self._live else "") + text, flush=True)
+        _show(("\r\x1b[K" if self._live else "") + text)
 
     def end(self) -> None:
         if self._live:
-            print("\r\x1b[K", end="", flush=True)
+            _show("\r\x1b[K", end="")
 
     def _size(self, name: str) -> str:
-        trial = self._folder.trials[name]
+        trial = self._trials[name]
         return f"{trial.label:8} seed {trial.seed}" if len(self._folder.study.seeds) > 1 else f"{trial.label:8}"
 
     def _where(self, placement: Placement) -> str:
@@ -105,7 +108,7 @@ class Display(Watcher):
     def _trial(self, placement: Placement, *, several: bool) -> str:
         """Of one that trains; `several`: there are other nodes where it could be."""
         name = placement.job.key
-        trial, record = self._folder.trials[name], self._folder.last_record(name)
+        trial, record = self._trials[name], self._folder.last_record(name)
         rest = (self._where(placement) if several else "") + (
             f", start {placement.attempt}" if placement.attempt > 1 else "")  # fmt: skip
         size = " ".join(self._size(name).split())
@@ -139,3 +142,9 @@ def _values(out: Path) -> str:
     return ", ".join(
         f"{r.metric} {r.split} {r.value:.4g}" + (f" ± {r.stderr:.2g}" if r.stderr else "") for r in records
     )
+
+
+def _show(text: str, end: str = "\n") -> None:
+    """Print. A full disk under the output, or a reader that went away, stops no study."""
+    with contextlib.suppress(OSError):
+        print(text, end=end, flush=True)

@@ -68,7 +68,7 @@ class _Evaluations:
 
 
 def _simulated(folder: StudyFolder, name: str, done: Progress, *, pace: float) -> SimulatedTrial:
-    trial, job = folder.trials[name], folder.job(name)
+    trial, job = folder.trials[name], folder.wanted(name)
     left = trial.total_images - done.nimg
     seconds = left / done.speed if done.speed else _seconds_an_image(folder, trial) * pace * left
     exports = [(_AT_ONCE, nimg) for nimg in sorted(done.missing)]

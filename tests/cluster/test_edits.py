@@ -18,6 +18,7 @@ from cluster.files.folder import MICRO_BATCH, StudyFolder
 from cluster.files.verdicts import ask_to_stop, read_verdict, remove_verdict, write_verdict
 from cluster.scheduling.jobs import Changes
 from data_pipeline.errors import ConfigError
+from data_pipeline.files import mark_of
 from trainer.config import load_config
 from trainer.tracking.records import TrainRecord
 
@@ -112,6 +113,48 @@ def test_a_file_that_is_wrong_changes_nothing(
     assert folder.trials == before
     rewrite(study_file, new, old)
     assert "no trial differs" in look(edits).told[0]
+
+
+def test_what_the_cluster_cannot_hold_changes_nothing(study_file: Path, folder: StudyFolder) -> None:
+    edits, before = Edits(folder, study_file, load), (folder.path / "study.yaml").read_text()
+
+    def refuse(study: StudyConfig, trials: list[Trial]) -> None:
+        raise ConfigError(f"resources.cpus={study.resources.cpus:g}: no node has so many")
+
+    edits.fits = refuse
+    study_file.write_text(study_file.read_text() + "resources: {cpus: 64}\n")
+    assert "resources.cpus=64: no node has so many" in look(edits).told[0]
+    assert (folder.path / "study.yaml").read_text() == before
+
+
+def test_whatever_goes_wrong_with_an_edit_the_study_goes_on(study_file: Path, folder: StudyFolder) -> None:
+    def broken(path: Path) -> tuple[StudyConfig, list[Trial]]:
+        raise OSError(28, "No space left on device")
+
+    edits = Edits(folder, study_file, broken)
+    rewrite(study_file, "[4, 8]", "[4, 8, 12]")
+    assert "No space left on device" in look(edits).told[0]
+
+
+def test_other_evaluations_are_wanted_of_all_trials(study_file: Path, folder: StudyFolder) -> None:
+    edits = Edits(folder, study_file, load)
+    rewrite(study_file, "min_images: 64", "min_images: 64, nll: {num_calls: 256}")
+    assert {job.key for job in look(edits).added} == set(folder.trials)
+
+
+def test_what_an_earlier_driver_was_asked_is_not_asked_of_the_next(study_file: Path, folder: StudyFolder) -> None:
+    ask_to_stop(folder.path)
+    save_portable(load(study_file, ["seeds=[0, 5]"])[0], folder.path, NEXT)
+    edits = Edits(folder, study_file, load)
+    assert look(edits) == Changes()
+    assert not list(folder.path.glob(f"{NEXT}*"))
+
+
+def test_an_edit_made_while_the_study_is_read_is_not_lost(study_file: Path, folder: StudyFolder) -> None:
+    read_at = mark_of(study_file)
+    rewrite(study_file, "[4, 8]", "[4, 8, 12]")
+    edits = Edits(folder, study_file, load, read_at=read_at)
+    assert "channels12-seed0" in {job.key for job in look(edits).added}
 
 
 def test_a_trial_that_would_be_another_run_is_refused(study_file: Path, folder: StudyFolder) -> None:
@@ -222,6 +265,20 @@ def test_an_error_that_has_left_its_own_level_is_noticed(tmp_path: Path) -> None
     assert "diverged at 88 images" in said
     assert "0.8 and more, is above early_stop.loss_factor=4 times the 0.1" in said
     assert watch.look(tmp_path) is None  # nothing new
+
+
+def test_a_trial_with_another_chance_is_judged_anew(folder: StudyFolder) -> None:
+    name = "channels4-seed0"
+    run = folder.run_folder(name)
+    write_errors(run, [0.1] * 12 + [5.0] * 12)
+    assert name in folder.diverging([name])
+    folder.end_trial(name, "diverged", "its error")
+    assert remove_verdict(run)
+    write_errors(run, [0.1] * 12, first=25)
+    for again in (folder, StudyFolder(folder.path, folder.study, list(folder.trials.values()))):  # also a new driver
+        again.forget_errors(name)
+        again._look_at["errors"] = 0.0
+        assert again.diverging([name]) == {}
 
 
 def test_an_error_that_falls_and_wavers_is_left_alone(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from cluster.scheduling.driver import Summary, is_complete, run_jobs, waiting_tr
 from cluster.scheduling.jobs import Changes, EvalJob, Job, Outcome, Resources, Shape, Status, TrialJob
 from cluster.scheduling.scheduler import Scheduler
 from cluster.scheduling.simulate import NodeEvent, SimulatedCluster, SimulatedTrial, lower_bound, simulated_eval
-from cluster.scheduling.troubles import RetryPolicy
+from cluster.scheduling.troubles import Retry, RetryPolicy, Troubles
 from data_pipeline.errors import UserError
 
 ONE = Resources(cpus=1)
@@ -222,6 +223,84 @@ def test_a_cancelled_trials_evaluations_come_back_with_it() -> None:
     world.changes = lambda: next(steps, Changes())  # type: ignore[method-assign]
     run_jobs(jobs, world, world, Scheduler(waiting_trials(jobs, world)))
     assert is_complete(jobs, world)
+
+
+@pytest.mark.parametrize("how", ["out of memory", "dropped and wanted again"])
+def test_a_trial_that_comes_back_before_the_one_with_the_reservation_starts(how: str) -> None:
+    """Both want the only device: the reservation of the one is taken over by the other, which must then be placed."""
+    big, small = trial("big", 50), trial("small", 5)
+    scheduler, nodes = Scheduler([big, small]), {"n": ONE}
+    assert [p.job.key for p in scheduler.choose(nodes, 0.0)] == ["big"]
+    if how == "out of memory":
+        scheduler.ended(Outcome(big, "out_of_memory", "oom"), 2.0, remedy="micro-batch 4 instead of 8")
+    else:
+        scheduler.drop("big", "cancelled")
+        scheduler.choose(nodes, 1.0)
+        scheduler.add_trials([big])
+        scheduler.ended(Outcome(big, "stopped"), 2.0)
+    assert [p.job.key for p in scheduler.choose(nodes, 2.0)] == ["big"]
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_whatever_happens_every_trial_ends(seed: int) -> None:
+    """Nodes come and go, jobs fail, trials are cancelled, wanted again and given other priorities, at random."""
+    import random
+
+    draw = random.Random(seed)
+    pair = (Shape(Resources(2), 2, 4), Shape(Resources(2), 1, 2))
+    shapes = [(Shape(ONE),), (Shape(Resources(2)),), pair, (Shape(Resources(4)),)]
+    jobs = [trial(f"t{i}", draw.uniform(1, 40), *draw.choice(shapes), priority=draw.randint(0, 2)) for i in range(15)]
+    nodes = {f"n{i}": Resources(4) for i in range(3)}
+    events = [NodeEvent(draw.uniform(0, 60), f"n{draw.randint(0, 2)}") for _ in range(4)]
+    events += [NodeEvent(70.0 + i, node, has) for i, (node, has) in enumerate(nodes.items())]
+    exports = ((0.3, 1), (0.6, 2), (1.0, 3))
+    ends: list[Status] = ["done", "done", "failed", "lost", "no_space", "stopped", "out_of_memory"]
+
+    def fate(job: Job, attempt: int) -> Status:
+        return draw.choice(ends) if attempt < 3 else "done"
+
+    world = cluster(jobs, nodes=nodes, exports=exports, fate=fate, node_events=tuple(events))
+    world.shrink_micro_batch = lambda trial: "halved"  # type: ignore[method-assign]
+    away: dict[str, TrialJob] = {}
+
+    def changes() -> Changes:
+        if draw.random() < 0.9:
+            return Changes()
+        if away:
+            _, job = away.popitem()
+            return Changes(added=(replace(job, priority=draw.randint(0, 2)),))
+        job = draw.choice(jobs)
+        if job.key in world.done or world.clock > 200:
+            return Changes()
+        away[job.key] = job
+        return Changes(dropped={job.key: "cancelled"})
+
+    world.changes = changes  # type: ignore[method-assign]
+    scheduler = Scheduler(waiting_trials(jobs, world), retry=RetryPolicy(attempts=50, losses=50))
+    turns = 0
+
+    def too_long() -> bool:
+        nonlocal turns
+        turns += 1
+        return turns > 20_000
+
+    summary = run_jobs(jobs, world, world, scheduler, stop_requested=too_long)
+    assert not summary.stopped
+    assert {job.key for job in jobs} - world.done <= away.keys()
+    for node in nodes:
+        mine = [span for span in world.spans if span.node == node]
+        for moment in {span.start for span in mine}:
+            held = sum((s.resources for s in mine if s.start <= moment < s.end), Resources())
+            assert held.fits_in(Resources(4))
+
+
+def test_pauses_end_growing_and_never_overflow() -> None:
+    troubles = Troubles(RetryPolicy(longest_pause=60.0))
+    job = trial("a", 1)
+    for i in range(3000):
+        verdict = troubles.verdict(Outcome(job, "no_space"), i, float(i), progress=0, remedy=None)
+        assert isinstance(verdict, Retry)
+    assert verdict.pause == 60.0
 
 
 def test_higher_priority_goes_first_whatever_its_length() -> None:
