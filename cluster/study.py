@@ -78,7 +78,10 @@ def _plan(args: argparse.Namespace, folder: StudyFolder) -> int:
     report = plan_report(folder.study, trials)
     print(json.dumps(report.to_json(), indent=2) if args.json else report.text())
     if args.figure is not None:
-        report.figure(args.figure)
+        try:
+            report.figure(args.figure)
+        except ValueError as error:  # matplotlib's, which names the formats that it knows
+            raise UserError(f"--figure {args.figure}: {error}") from None
         print(f"figure: {args.figure}", file=sys.stderr)
     try:
         check_fits_storage(folder.study, trials, folder.path)
