@@ -2,7 +2,7 @@
 
 By priority first. Of equal priority, evaluations go before trials that wait while they hold no more than their share of
 the cluster (their points are what the study is for, and they are short); beyond it they only take what no trial can
-use. Trials go longest first, so that the last to end is not one that began late.
+use. Trials that were interrupted go first, then the longest, so that the last to end is not one that began late.
 
 The first trial that finds no room gets a reservation on the nodes where it will fit soonest. Other trials go past it
 only where they do not delay it, evaluations where they delay it by no more than their share of its own time. So wide
@@ -268,8 +268,9 @@ class Scheduler:
     def _enqueue(self, job: Job) -> None:
         self._number += 1
         length = -_about(job.seconds) if isinstance(job, TrialJob) else 0.0
+        begun = isinstance(job, TrialJob) and job.key in self._starts  # it does not lose its turn by an accident
         queue = self._queues.setdefault((isinstance(job, EvalJob), job.shapes), [])
-        heapq.heappush(queue, _Waiting((-job.priority, length, self._number), job))
+        heapq.heappush(queue, _Waiting((-job.priority, not begun, length, self._number), job))
         self._settled = False
 
     def _forget(self, key: str) -> None:

@@ -303,6 +303,16 @@ def test_pauses_end_growing_and_never_overflow() -> None:
     assert verdict.pause == 60.0
 
 
+def test_a_trial_that_was_interrupted_does_not_lose_its_turn() -> None:
+    jobs = [trial("a", 40), trial("b", 35), trial("c", 30), trial("d", 30)]
+    exports = ((0.9, 9), (1.0, 10))
+    world = cluster(jobs, cpus=1, exports=exports, fate=lambda job, n: "lost" if job.key == "a" and n == 1 else "done")
+    world.evaluations = lambda name, nimg: []
+    world.job = lambda name: replace(world.trials[name].job, seconds=4.0)  # type: ignore[method-assign]
+    drive(world, jobs)
+    assert started(world) == ["a", "b", "a", "c", "d"]  # a waits five seconds, in which b begins
+
+
 def test_higher_priority_goes_first_whatever_its_length() -> None:
     jobs = [trial("long", 50), trial("urgent", 5, priority=3), trial("middle", 20)]
     world = cluster(jobs, cpus=1)
