@@ -56,9 +56,9 @@ class Scale:
 
     sizes: tuple[int, ...] = (8, 12)
     seeds: tuple[int, ...] = (0, 1)
-    budget: int = 8192  # images a trial
+    budget: int = 16384  # images a trial
     processes: int = 1  # of a trial, each on another node; where a node is lost for long one goes on
-    checkpoint: int = 512  # images between checkpoints
+    checkpoint: int = 1024  # images between checkpoints
     points: int = 4  # of each trial that are evaluated
     splits: tuple[str, ...] = ("test", "train")
     distance: bool = True  # samples are made and measured at each trial's end

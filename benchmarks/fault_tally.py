@@ -22,8 +22,8 @@ INTRODUCTION = f"""# Faults injected, and survived
 This page is written by a script that anyone can run; it ends with exit code 1 if anything below is not as it should be:
 
 ```
-python -m benchmarks.faults --rounds 3 --out faults.md            # nodes are processes of this machine
-python -m benchmarks.faults --rounds 3 --hosts --out hosts.md     # nodes are network namespaces (Linux, root)
+python -m benchmarks.faults --rounds 2 --out faults.md            # nodes are processes of this machine
+python -m benchmarks.faults --rounds 2 --hosts --out hosts.md     # nodes are network namespaces (Linux, root)
 python -m benchmarks.fault_tally faults.json hosts.json --out docs/faults.md
 ```
 

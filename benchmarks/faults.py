@@ -38,7 +38,7 @@ WIDE = ("long node",)
 
 def main() -> int:
     args = _arguments()
-    signal.signal(signal.SIGTERM, lambda number, _frame: sys.exit(128 + number))  # not without ending what was started
+    signal.signal(signal.SIGTERM, _end)
     scale = Scale(budget=args.budget, processes=args.processes)
     folder = Path(args.keep or tempfile.mkdtemp(prefix="faults-", dir=args.tmp))
     try:
@@ -51,6 +51,12 @@ def main() -> int:
         write_atomic(args.out, page([tally]))
         write_json(args.out.with_suffix(".json"), tally)
     return 0 if tally["good"] else 1
+
+
+def _end(number: int, _frame: object) -> None:
+    """Not without ending what was started, and asking again does not hurry that."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    sys.exit(128 + number)
 
 
 def rehearse(
@@ -135,8 +141,8 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="of the first; the next take the next numbers")
     parser.add_argument("--hosts", action="store_true", help="nodes as network namespaces with cables (Linux, root)")
     parser.add_argument("--kinds", nargs="*", metavar="KIND", help=f"faults of a round, of: {', '.join(FAULTS)}")
-    parser.add_argument("--processes", type=int, default=1, help="of a trial, each on another node (default 1)")
-    parser.add_argument("--budget", type=int, default=8192, help="images a trial (default 8192)")
+    parser.add_argument("--processes", type=int, default=2, help="of a trial, each on another node (default 2)")
+    parser.add_argument("--budget", type=int, default=Scale.budget, help="images a trial (default %(default)s)")
     parser.add_argument("--out", type=Path, help="file for the tally (.md); the JSON goes beside it")
     parser.add_argument("--keep", type=Path, help="folder to keep everything in (default: a temporary one)")
     parser.add_argument("--tmp", type=Path, help="where that temporary folder is made")
