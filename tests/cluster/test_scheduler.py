@@ -300,6 +300,7 @@ def test_pauses_end_growing_and_never_overflow() -> None:
     for i in range(3000):
         verdict = troubles.verdict(Outcome(job, "no_space"), i, float(i), progress=0, remedy=None)
         assert isinstance(verdict, Retry)
+    assert isinstance(verdict, Retry)
     assert verdict.pause == 60.0
 
 
