@@ -16,13 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from urllib.parse import urlsplit
 
-import yaml
-
+from cluster.definition.portable import save_portable
 from cluster.definition.spec import StudyConfig, load_study
 from cluster.heartbeat import heartbeat
 from cluster.launch.job_server import JobServer, JobState
 from data_pipeline.errors import INTERRUPTED_EXIT, UserError
-from trainer.config import read_tree, save_config
 
 _ROOT = Path(__file__).resolve().parents[1]
 _NOT_SENT = ("data", "runs", "venv", "build", "dist", "submitted", "__pycache__")  # and whatever .gitignore names
@@ -86,13 +84,7 @@ def write_package(study: StudyConfig, folder: Path) -> PurePosixPath:
             (folder / entry.name).symlink_to(entry)
     submitted = folder / "submitted" / study.name
     submitted.mkdir(parents=True)
-    files: dict[Path, str] = {}
-    for run in (study.run, *(trial.run for trial in study.extra)):
-        if run not in files:
-            files[run] = f"run{len(files) or ''}.yaml"
-            (submitted / files[run]).write_text(yaml.safe_dump(read_tree(run), sort_keys=False), encoding="utf-8")
-    extra = tuple(trial.model_copy(update={"run": Path(files[trial.run])}) for trial in study.extra)
-    save_config(study.model_copy(update={"run": Path(files[study.run]), "extra": extra}), submitted / "study.yaml")
+    save_portable(study, submitted)
     _check_no_passwords(submitted)
     return PurePosixPath("submitted", study.name, "study.yaml")
 

@@ -197,7 +197,7 @@ def test_a_submission(
         assert "budget:\n  images: 2048" in package.read("submitted/outside/study.yaml").decode().replace(
             "  flops: null\n", ""
         )
-    assert {"cluster/study.py", "trainer/run.py", "submitted/outside/run.yaml"} <= set(names)
+    assert {"cluster/study.py", "trainer/run.py", "submitted/outside/study.run.yaml"} <= set(names)
     unwanted = (".git/", ".venv/", "data/", "runs/")
     assert not [name for name in names if name.startswith(unwanted) or "__pycache__" in name]
 
