@@ -200,7 +200,7 @@ class _Play:
             struck.repeated = new_or_changed(self.before[i], final)
             struck.repeated += started_again(events, self.before[i], since=moments[i])
             struck.told = [
-                f"{event['key']}: {event['message']}" for event in events
+                f"{event['key']}: {event['message']}".replace(str(self.stage.watch.out), "STUDY") for event in events
                 if event["event"] == "retry" and moments[i] <= event["time"] < moments[i + 1]
             ]  # fmt: skip
 
