@@ -79,11 +79,11 @@ def test_the_ui_prints_every_address_once_the_server_answers_and_ends_with_it(
     process = ui(uri, port)
     started.append(process)
     assert process.stdout is not None
-    lines = [process.stdout.readline().strip() for _ in range(7)]
+    lines = [process.stdout.readline().strip() for _ in range(8)]
     assert lines[0] == f"MLflow UI: http://127.0.0.1:{port} (Ctrl-C ends it)"
     assert lines[1] == "s:"
     names = [" ".join(line.split()[:-1]) for line in lines[2:]]
-    assert sorted(names) == ["Fits", "Report", "Scaling curves", "Throughput", "Training"]
+    assert sorted(names) == ["Fits", "Report", "Scaling curves", "Throughput", "Training", "Trials"]
     server = f"http://127.0.0.1:{port}"
     assert "MLflow" in get(server)  # it answers as soon as the addresses stand there
     report_run = lines[-1].partition("/artifacts/")[0].rpartition("/")[2]
