@@ -30,15 +30,6 @@ def flops(value: float) -> str:
     return f"{value:.3e}".replace("e+", "e")
 
 
-def size(num_bytes: float) -> str:
-    """`3.5 MB`."""
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:,.3g} TB"
-
-
 def count(num: int, noun: str, plural: str | None = None) -> str:
     """`1 node`, `3 nodes`."""
     return f"{num:,} " + (noun if num == 1 else plural or f"{noun}s")

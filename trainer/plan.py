@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline.errors import UserError, run_cli
+from data_pipeline.words import size
 from trainer.checkpoint import kept_for_good
 from trainer.config import RunConfig, load_config
 from trainer.engine import split_batch
@@ -118,10 +119,10 @@ def plan_text(
         f"{accumulation} x {micro} images a step",
         f"time         {hours:,.3g} device-hours if it reaches {mfu:.0%} of {peak / 1e12:,.4g} TFLOP/s: "
         f"{_duration(3600 * hours / num_processes)} on {num_processes}",
-        f"exports      {disk.num_exports}, at {_some(sorted(plan.exports))} images: {_size(disk.export)} each",
-        f"checkpoints  {disk.num_saves} written, {_size(disk.checkpoint)} each; kept: the newest "
+        f"exports      {disk.num_exports}, at {_some(sorted(plan.exports))} images: {size(disk.export)} each",
+        f"checkpoints  {disk.num_saves} written, {size(disk.checkpoint)} each; kept: the newest "
         f"{config.train.keep_checkpoints}" + (f", and one every {kept_for_good:,} images" if kept_for_good else ""),
-        f"disk         {_size(disk.peak)} at most, samples and metrics apart",
+        f"disk         {size(disk.peak)} at most, samples and metrics apart",
         "",
         *_memory_lines(choices(config, num_processes, limit=limit, device=device), micro, limit),
     ]
@@ -188,14 +189,6 @@ def _duration(seconds: float) -> str:
         if seconds >= 2 * unit:
             return f"{seconds / unit:,.1f} {name}"
     return f"{seconds:.0f} seconds"
-
-
-def _size(num_bytes: float) -> str:
-    for unit in ("B", "kB", "MB", "GB"):
-        if num_bytes < 1000:
-            return f"{num_bytes:.3g} {unit}"
-        num_bytes /= 1000
-    return f"{num_bytes:,.3g} TB"
 
 
 def _some(numbers: Sequence[int]) -> str:

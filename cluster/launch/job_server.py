@@ -113,7 +113,7 @@ class JobServer:
         if _is_not_ready(error):
             return UserError(
                 f"the job server at {where} is not ready after {self._patience:.0f} s ({said}). Look at `ray status` "
-                "and at dashboard.log in the head's /tmp/ray/session_latest/logs, then submit again."
+                "and at dashboard.log among Ray's logs on the head, then submit again."
             )
         if isinstance(error, ValueError) or "404" in text:  # no JSON, no such page: something else lives there
             return UserError(

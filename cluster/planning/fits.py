@@ -14,8 +14,9 @@ from cluster.definition.trials import Trial
 from cluster.planning.costs import trial_disk, trial_memory
 from cluster.scheduling.jobs import Resources, Shape
 from cluster.scheduling.pool import can_ever_fit
-from cluster.words import count, size
+from cluster.words import count
 from data_pipeline.errors import ConfigError, UserError
+from data_pipeline.words import size
 from trainer.memory import largest_that_fits, remedies
 from trainer.micro_batch import USABLE
 

@@ -20,7 +20,8 @@ from cluster.planning.fits import check_fits_devices, nodes_in_words
 from cluster.planning.gantt import devices, text_chart
 from cluster.scheduling.jobs import EvalJob, Resources, TrialJob
 from cluster.scheduling.simulate import Schedule, SimulatedTrial, simulated_schedule
-from cluster.words import count, duration, flops, format_table, size
+from cluster.words import count, duration, flops, format_table
+from data_pipeline.words import size
 
 _HEADER = ("trial", "parameters", "FLOP/image", "images", "FLOP", "points", "evaluation", "time", "memory", "disk")
 _MOST_ROWS = 24  # of trials; more are shown as sizes

@@ -21,8 +21,9 @@ from cluster.planning.plan import PlanReport, plan_report, planned_nodes
 from cluster.scheduling.jobs import Resources
 from cluster.scheduling.simulate import Schedule, Span
 from cluster.study import main
-from cluster.words import duration, size
+from cluster.words import duration
 from data_pipeline.errors import ConfigError, UserError
+from data_pipeline.words import size
 from trainer.memory import memory_of
 
 STUDIES = Path(__file__).resolve().parents[2] / "configs" / "studies"
