@@ -26,12 +26,13 @@ from torch import Tensor, nn
 from benchmarks.peers import improved_diffusion_unet
 from data_pipeline.errors import UserError, run_cli
 from data_pipeline.files import write_json
-from trainer.config import DiffusionConfig, ModelConfig, Variance
 from trainer.diffusion.gaussian import Denoiser, GaussianDiffusion
 from trainer.diffusion.likelihoods import HALF_BIN, LAST_BIN, discretized_log_likelihood
 from trainer.diffusion.objectives import training_losses
 from trainer.diffusion.samplers import ancestral, ddim
+from trainer.diffusion_config import DiffusionConfig, Variance
 from trainer.interop.improved_diffusion import pairs
+from trainer.model_config import UNetConfig
 from trainer.models import IMAGE_CHANNELS
 from trainer.models.unet import UNet
 
@@ -49,16 +50,16 @@ TABLES = {name: name for name in (*SAME_TABLES, "sqrt_one_minus_alphas_cumprod")
     "posterior_log_variance": "posterior_log_variance_clipped",
 }
 CIFAR10: dict[str, Any] = {"image_size": 32, "channel_mult": (1, 2, 2, 2)}
-SMALL = ModelConfig(**CIFAR10, channels=32, num_res_blocks=1)
+SMALL = UNetConfig(**CIFAR10, channels=32, num_res_blocks=1)
 NETWORKS = {
     "CIFAR-10, C=32": SMALL,
-    "CIFAR-10, C=64": ModelConfig(**CIFAR10, channels=64, num_res_blocks=3),
-    "ImageNet-64, C=128": ModelConfig(image_size=64, channels=128, channel_mult=(1, 2, 3, 4), num_res_blocks=3),
-    "one head, no scale-shift": ModelConfig(
+    "CIFAR-10, C=64": UNetConfig(**CIFAR10, channels=64, num_res_blocks=3),
+    "ImageNet-64, C=128": UNetConfig(image_size=64, channels=128, channel_mult=(1, 2, 3, 4), num_res_blocks=3),
+    "one head, no scale-shift": UNetConfig(
         image_size=64, channels=32, channel_mult=(1, 1, 2, 2), num_res_blocks=2, num_heads=1,
         attention_resolutions=(16,), use_scale_shift_norm=False,
     ),
-    "upsampler with classes": ModelConfig(
+    "upsampler with classes": UNetConfig(
         image_size=64, channels=32, channel_mult=(1, 1, 2, 2), num_res_blocks=1, num_classes=5, low_res_size=16
     ),
 }  # fmt: skip
@@ -371,7 +372,7 @@ def compare_loops(table: Table, case: Case) -> None:
         table.compare(*loops, cast(single, torch.float64), single)
 
 
-def networks(reference: Any, model: ModelConfig, path: Path) -> tuple[UNet, nn.Module]:
+def networks(reference: Any, model: UNetConfig, path: Path) -> tuple[UNet, nn.Module]:
     """Our network and theirs, with the same weights, none of them zero."""
     torch.manual_seed(0)
     ours = UNet(model, out_channels=2 * IMAGE_CHANNELS)
@@ -389,7 +390,7 @@ def networks(reference: Any, model: ModelConfig, path: Path) -> tuple[UNet, nn.M
     return ours, theirs
 
 
-def compare_networks(table: Table, name: str, model: ModelConfig, path: Path) -> None:
+def compare_networks(table: Table, name: str, model: UNetConfig, path: Path) -> None:
     """Forward pass and gradients of all parameters, each as one vector: distance over length."""
     ours, theirs = networks(table.reference, model, path)
     x, t = torch.randn(2, IMAGE_CHANNELS, model.image_size, model.image_size), 1000 * torch.rand(2)

@@ -37,6 +37,7 @@ from trainer.loop import Run
 from trainer.memory import memory_of
 from trainer.micro_batch import with_largest_micro_batch
 from trainer.milestones import Milestones
+from trainer.model_config import UNetConfig
 from trainer.models import build_model, count
 from trainer.peak import peak_flops
 from trainer.processes import Processes, start_processes
@@ -112,6 +113,7 @@ def measure(config: RunConfig, processes: Processes, *, steps: int) -> Row:
     assert config.engine.peak_flops is not None
     cost, clock = count(config.model, config.diffusion), Clock(device)
     held = cleaned(device)
+    assert isinstance(config.model, UNetConfig)
     run = make_run(config, processes)
     began = time.perf_counter()
     pool = [run.inputs.make(number * batch) for number in range(1, 1 + POOL)]

@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from data_pipeline.errors import UserError
-from trainer.config import ModelConfig
+from trainer.model_config import UNetConfig
 
 INSTALL_DIFFUSERS = "pip install -e '.[bench]'"
 
@@ -22,7 +22,7 @@ class DiffusersUNet(nn.Module):
     diffusers is not installed.
     """
 
-    def __init__(self, config: ModelConfig, *, out_channels: int) -> None:
+    def __init__(self, config: UNetConfig, *, out_channels: int) -> None:
         super().__init__()
         try:
             from diffusers import UNet2DModel
@@ -54,7 +54,7 @@ class DiffusersUNet(nn.Module):
         return output
 
 
-def improved_diffusion_unet(config: ModelConfig, *, out_channels: int, path: Path) -> nn.Module:
+def improved_diffusion_unet(config: UNetConfig, *, out_channels: int, path: Path) -> nn.Module:
     """The reference code's UNet from a checkout of openai/improved-diffusion.
 
     Raises UserError when `path` is not one.

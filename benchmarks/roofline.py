@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.config import DiffusionConfig, ModelConfig
+from trainer.diffusion_config import DiffusionConfig
+from trainer.model_config import ModelConfig
 from trainer.models import IMAGE_CHANNELS, build_model
 from trainer.models.blocks import Attention
 

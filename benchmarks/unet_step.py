@@ -26,17 +26,18 @@ from benchmarks.peers import DiffusersUNet, improved_diffusion_unet
 from benchmarks.roofline import step_seconds
 from data_pipeline.errors import UserError, run_cli
 from data_pipeline.files import write_json
-from trainer.config import DiffusionConfig, ModelConfig
+from trainer.diffusion_config import DiffusionConfig
+from trainer.model_config import UNetConfig
 from trainer.models import IMAGE_CHANNELS, build_model
 
 CIFAR10: dict[str, Any] = {"image_size": 32, "channel_mult": (1, 2, 2, 2)}
 IMAGENET64: dict[str, Any] = {"image_size": 64, "channel_mult": (1, 2, 3, 4), "num_res_blocks": 3}
 # name: (network, images a step on the CPU, images a step on a GPU)
-PRESETS: dict[str, tuple[ModelConfig, int, int]] = {
-    "cifar10-small": (ModelConfig(**CIFAR10, channels=32, num_res_blocks=1), 16, 128),
-    "cifar10": (ModelConfig(**CIFAR10, channels=64, num_res_blocks=3), 8, 128),
-    "imagenet64": (ModelConfig(**IMAGENET64, channels=64), 2, 128),
-    "imagenet64-120m": (ModelConfig(**IMAGENET64, channels=128), 1, 64),
+PRESETS: dict[str, tuple[UNetConfig, int, int]] = {
+    "cifar10-small": (UNetConfig(**CIFAR10, channels=32, num_res_blocks=1), 16, 128),
+    "cifar10": (UNetConfig(**CIFAR10, channels=64, num_res_blocks=3), 8, 128),
+    "imagenet64": (UNetConfig(**IMAGENET64, channels=64), 2, 128),
+    "imagenet64-120m": (UNetConfig(**IMAGENET64, channels=128), 1, 64),
 }
 CPU_PRESETS = ("cifar10-small", "cifar10", "imagenet64")
 OUT_CHANNELS = 2 * IMAGE_CHANNELS
@@ -144,7 +145,7 @@ def memory_bandwidth(device: torch.device) -> float:
     return 2 * 4 * source.numel() / (clock.median / 1e3)
 
 
-def builders(model: ModelConfig, peers: list[str], peer_path: Path | None) -> dict[str, Callable[[], nn.Module]]:
+def builders(model: UNetConfig, peers: list[str], peer_path: Path | None) -> dict[str, Callable[[], nn.Module]]:
     """How to build each contender, ours first."""
     found: dict[str, Callable[[], nn.Module]] = {"ours": lambda: build_model(model, DiffusionConfig())}
     if "diffusers" in peers:

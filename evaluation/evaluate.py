@@ -37,10 +37,11 @@ from evaluation.results import (
     write_table,
 )  # fmt: skip
 from evaluation.subject import check_data, open_subject
-from trainer.config import SamplingConfig, validate
+from trainer.config import validate
 from trainer.diffusion.respacing import space_timesteps
 from trainer.export import Export, open_export
 from trainer.sampling import check_guidance
+from trainer.sampling_config import SamplingConfig
 from trainer.tracking.records import EvalRecord, read_result
 
 

@@ -15,8 +15,8 @@ from data_pipeline.shard_files import read_manifest
 from evaluation.ensemble import Ensemble
 from evaluation.nll.settings import NllSettings
 from evaluation.quality import FEWEST, KINDS, check_kinds
-from trainer.config import SamplingConfig
 from trainer.export import Weights
+from trainer.sampling_config import SamplingConfig
 
 MEMORISATION = "memorisation"
 OTHERS = ("nll", MEMORISATION)  # metrics that are not of a feature net

@@ -39,11 +39,12 @@ from evaluation.device import pick_device
 from evaluation.sample_files import Images, read_samples, write_npz, write_split
 from evaluation.sample_place import Place
 from evaluation.sampling_job import sample_chunks
-from trainer.config import SamplingConfig, validate
+from trainer.config import validate
 from trainer.diffusion.respacing import space_timesteps
 from trainer.export import Export, Weights, open_export
 from trainer.grid import save_grid
 from trainer.sampling import Stage, check_cascade, check_guidance
+from trainer.sampling_config import SamplingConfig
 
 GRID_IMAGES = 64
 MAX_IMAGES = 100_000_000  # their list of chunks and of classes still fits in memory

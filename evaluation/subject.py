@@ -16,10 +16,11 @@ from torch import nn
 from data_pipeline.dataset import ShardDataset
 from data_pipeline.errors import UserError
 from evaluation.ensemble import Ensemble, TimeRanges, check_fit
-from trainer.config import RunConfig, SamplingConfig
+from trainer.config import RunConfig
 from trainer.diffusion.gaussian import Denoiser, GaussianDiffusion
 from trainer.export import SUFFIX, Export, Weights, open_export
 from trainer.sampling import Stage, conditioned
+from trainer.sampling_config import SamplingConfig
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from trainer.config import DiffusionConfig, ModelConfig
+from trainer.diffusion_config import DiffusionConfig
+from trainer.model_config import ModelConfig
 from trainer.models import IMAGE_CHANNELS, build_model
 
 # What torch.autocast computes in half precision, among what the networks use.

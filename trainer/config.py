@@ -11,18 +11,15 @@ import difflib
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from pydantic import (
     BaseModel,
-    BeforeValidator,
-    ConfigDict,
     Field,
     ValidationError,
-    ValidationInfo,
     field_validator,
     model_validator,
 )
@@ -30,17 +27,11 @@ from pydantic import (
 from data_pipeline.errors import ConfigError
 from data_pipeline.files import write_atomic
 from trainer.diffusion.respacing import space_timesteps
+from trainer.diffusion_config import DiffusionConfig
 from trainer.mirror_store import shown, url_problem
-
-
-class Section(BaseModel):
-    """A part of the tree: typed, unknown keys refused, immutable."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, validate_default=True)
-
-
-# A folder or a URL, as text: a Path would swallow one of "s3://"'s slashes.
-Place = Annotated[str, BeforeValidator(lambda value: str(value) if isinstance(value, Path) else value)]
+from trainer.model_config import NETWORK_CONFIGS, AnyModel, ModelConfig
+from trainer.sampling_config import SamplingConfig
+from trainer.section import Place, Section
 
 
 class RemoteConfig(Section):
@@ -62,149 +53,6 @@ class DataConfig(Section):
     on_damage: Literal["error", "replace"] = "error"  # a damaged sample ends the run, or another takes its place
     max_damaged: int = Field(100, ge=1)  # damaged samples that a process replaces, from start to stop
     remote: RemoteConfig = RemoteConfig()
-
-
-class ModelConfig(Section):
-    """The Improved DDPM UNet (Nichol & Dhariwal 2021, section 3 and appendix A)."""
-
-    name: Literal["unet"] = "unet"
-    image_size: int = Field(ge=4)
-    channels: int = Field(ge=4, description="width C of the first level")
-    channel_mult: tuple[int, ...] = Field(min_length=1)  # width of each level, in units of C
-    num_res_blocks: int = Field(ge=1)  # per encoder level; the decoder has one more
-    attention_resolutions: tuple[int, ...] = (16, 8)  # feature map sizes with self-attention
-    num_heads: int = Field(4, ge=1)
-    dropout: float = Field(0.0, ge=0.0, lt=1.0)
-    num_classes: int = Field(0, ge=0)  # 0: unconditional
-    null_class: bool = False  # one class more, "none": what label -1 means, and dropped labels become
-    use_scale_shift_norm: bool = True  # time enters as GroupNorm(h) * (1 + scale) + shift
-    low_res_size: int = Field(0, ge=0)  # > 0: super-resolution net, conditioned on images of this size
-
-    @model_validator(mode="after")
-    def _shapes_fit(self) -> ModelConfig:
-        factor = 2 ** (len(self.channel_mult) - 1)
-        if self.image_size % factor:
-            raise ValueError(
-                f"model.image_size={self.image_size} cannot be halved {len(self.channel_mult) - 1} times; "
-                f"with {len(self.channel_mult)} levels in model.channel_mult use a multiple of {factor}"
-            )
-        sizes = [self.image_size // 2**level for level in range(len(self.channel_mult))]
-        for mult, size in zip(self.channel_mult, sizes, strict=True):
-            width = mult * self.channels
-            if size in self.attention_resolutions and width % self.num_heads:
-                raise ValueError(
-                    f"model.channels={self.channels}: the {size}x{size} level has {width} channels, which "
-                    f"model.num_heads={self.num_heads} does not divide; choose channels as a multiple of num_heads"
-                )
-        if (self.channel_mult[-1] * self.channels) % self.num_heads:
-            raise ValueError(
-                f"model.channels={self.channels}: the middle block has {self.channel_mult[-1] * self.channels} "
-                f"channels, which model.num_heads={self.num_heads} does not divide"
-            )
-        if self.channels % 2:
-            raise ValueError(f"model.channels={self.channels} must be even (sine and cosine halves of the embedding)")
-        if self.low_res_size and (self.low_res_size >= self.image_size or self.image_size % self.low_res_size):
-            raise ValueError(
-                f"model.low_res_size={self.low_res_size} must divide model.image_size={self.image_size} and be smaller"
-            )
-        if self.null_class and not self.num_classes:
-            raise ValueError("model.null_class=true needs classes; set model.num_classes, or model.null_class=false")
-        return self
-
-
-# What a network can predict, and what L_simple can be the squared error of.
-Quantity = Literal["eps", "x0", "v", "previous_mean"]
-Variance = Literal["learned_range", "learned", "fixed_small", "fixed_large"]
-LEARNED: tuple[Variance, ...] = ("learned_range", "learned")  # those that are a second output of the network
-
-
-class DiffusionConfig(Section):
-    num_timesteps: int = Field(4000, ge=2)  # T
-    schedule: Literal["linear", "cosine"] = "cosine"
-    prediction: Quantity = "eps"  # what the network's output means (trainer/diffusion/gaussian.py)
-    variance: Variance = "learned_range"
-    objective: Literal["simple", "hybrid", "vlb"] = "hybrid"
-    mse_target: Quantity | None = None  # L_simple is its squared error; default: what the network predicts
-    # L_hybrid = L_simple + weight * L_vlb [bits/dim]. rescaled: 1/1000; unrescaled: 1/T; or a number. The names are
-    # the published code's two conventions, `rescale_learned_sigmas` on and off.
-    vlb_weight: Literal["rescaled", "unrescaled"] | Annotated[float, Field(gt=0, allow_inf_nan=False)] = "rescaled"
-    timestep_sampler: Literal["uniform", "stratified", "loss_second_moment"] = "uniform"
-    rescale_timesteps: bool = True  # the network sees t * 1000 / T
-
-    @property
-    def learns_variance(self) -> bool:
-        """Whether the network has a second output, for the variance."""
-        return self.variance in LEARNED
-
-    @property
-    def vlb_factor(self) -> float:
-        """The weight of L_vlb in L_hybrid, as a number."""
-        if self.vlb_weight == "rescaled":
-            return 1 / 1000
-        return 1 / self.num_timesteps if self.vlb_weight == "unrescaled" else float(self.vlb_weight)
-
-    @field_validator("vlb_weight")
-    @classmethod
-    def _weight_has_its_name(cls, weight: str | float, info: ValidationInfo) -> str | float:
-        """A number that has a name is known by it: runs made before there were names compare equal to later ones."""
-        names = {1 / info.data.get("num_timesteps", 1): "unrescaled", 1 / 1000: "rescaled"}
-        return names.get(weight, weight) if isinstance(weight, float) else weight
-
-    @model_validator(mode="after")
-    def _objective_fits(self) -> DiffusionConfig:
-        if self.objective == "hybrid" and not self.learns_variance:
-            raise ValueError(
-                f"diffusion.objective=hybrid learns the variance, but diffusion.variance={self.variance}; "
-                "use variance=learned_range or learned, or objective=simple"
-            )
-        if self.objective == "simple" and self.learns_variance:
-            raise ValueError(
-                f"diffusion.objective=simple gives diffusion.variance={self.variance} no gradient; "
-                "use diffusion.variance=fixed_small or fixed_large, or objective=hybrid"
-            )
-        if self.objective == "vlb" and self.mse_target is not None:
-            raise ValueError(
-                f"diffusion.mse_target={self.mse_target} has no part in diffusion.objective=vlb; "
-                "leave it out, or use objective=simple or hybrid"
-            )
-        if self.schedule == "linear" and self.num_timesteps <= 20:
-            raise ValueError(
-                f"diffusion.num_timesteps={self.num_timesteps} is too few for the linear schedule (beta reaches 1); "
-                "use more than 20, or schedule=cosine"
-            )
-        return self
-
-
-def _text_of_number(value: Any) -> Any:
-    """YAML reads `respacing: 50` as a number."""
-    return str(value) if isinstance(value, int) and not isinstance(value, bool) else value
-
-
-class SamplingConfig(Section):
-    """How a network is sampled from."""
-
-    sampler: Literal["ancestral", "ddim"] = "ddim"
-    # Steps of the process that are visited: "100", "10,15,20", "ddim50" (by a fixed stride) or "quadratic50".
-    respacing: Annotated[str, BeforeValidator(_text_of_number)] = "50"
-    eta: float = Field(0.0, ge=0, le=1)  # noise of ddim; 0: none
-    # Classifier-free guidance: eps_null + guidance * (eps_class - eps_null), for networks that know a null class.
-    guidance: float = Field(1.0, ge=0, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _old_name(cls, tree: Any) -> Any:
-        """Runs and studies of before know `respacing` as `num_steps`."""
-        if not isinstance(tree, dict) or "num_steps" not in tree:
-            return tree
-        if "respacing" in tree:
-            raise ValueError(f"num_steps={tree['num_steps']}: this key is named respacing now; set that instead")
-        return {k: v for k, v in tree.items() if k != "num_steps"} | {"respacing": tree["num_steps"]}
-
-    @model_validator(mode="after")
-    def _eta_is_heard(self) -> SamplingConfig:
-        if self.eta and self.sampler != "ddim":
-            raise ValueError(f"eta={self.eta} is for sampler=ddim, but sampler={self.sampler}; leave it out")
-        return self
 
 
 class SampleGridConfig(SamplingConfig):
@@ -276,7 +124,7 @@ class EngineConfig(Section):
     channels_last: bool = False  # activations as [B, H, W, C] in memory: what a GPU's convolutions like best
     overlap_comm: bool = True  # reduce gradients while the backward pass goes on (on a GPU, ZeRO 1 to 3)
     bucket_elements: int = Field(50_000_000, ge=1)  # gradients reduced in one message; memory 4 bytes each, twice
-    deepspeed: dict[str, Any] = {}  # further DeepSpeed settings, or a JSON file of them; no contradictions
+    deepspeed: dict[str, Any] = Field(default={})  # further DeepSpeed settings, or a JSON file of them
     num_cpu_threads: int | None = Field(None, ge=1)  # threads a process on the CPU; default: cores / processes
     peak_flops: float | None = Field(None, gt=0)  # a device's, for MFU; default: named for the GPU, measured on a CPU
     hang_seconds: float = Field(1800.0, ge=0)  # a job without a step for so long is ended; 0: never
@@ -314,7 +162,7 @@ class TrackingConfig(Section):
     mlflow: bool = True  # a child process mirrors the run's records to MLflow
     uri: str | None = None  # default: MLFLOW_TRACKING_URI, else sqlite in runs/mlflow.db
     experiment: str = "runs"
-    tags: dict[str, str] = {}
+    tags: dict[str, str] = Field(default={})
 
 
 class FolderConfig(Section):
@@ -337,7 +185,7 @@ class RunConfig(Section):
     seed: int = Field(0, ge=0, lt=2**63)
     run: FolderConfig
     data: DataConfig
-    model: ModelConfig
+    model: AnyModel
     diffusion: DiffusionConfig = DiffusionConfig()
     train: TrainConfig
     engine: EngineConfig = EngineConfig()
@@ -452,11 +300,19 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
 
 
 def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
-    """`over` laid upon `under`: sections merge, values and lists are replaced."""
+    """`over` laid upon `under`: sections merge, values and lists are replaced.
+
+    So is a model by one of another name, of which it keeps what all networks have.
+    """
     result = dict(under)
     for key, value in over.items():
         old = result.get(key)
-        result[key] = merge(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+        if not (isinstance(old, dict) and isinstance(value, dict)):
+            result[key] = value
+            continue
+        if key == "model" and "name" in value and value["name"] != old.get("name", "unet"):
+            old = {k: v for k, v in old.items() if k in ModelConfig.model_fields}
+        result[key] = merge(old, value)
     return result
 
 
@@ -472,9 +328,12 @@ def validate(schema: type[SectionT], tree: dict[str, Any], *, source: str) -> Se
 def _explain(schema: type[Section], item: dict[str, Any]) -> str:
     # Where a value may be of several kinds, pydantic adds the kind to the path: not a key of ours.
     location = [str(part) for part in item["loc"] if not str(part).startswith(("literal[", "constrained-"))]
+    network = location.pop(1) if location[:1] == ["model"] and location[1:2] and location[1] in NETWORK_CONFIGS else ""
     path = ".".join(location)
+    if item["type"] == "union_tag_invalid":
+        return f"{path}.name={item['ctx']['tag']!r}: there is no such network; use {' or '.join(NETWORK_CONFIGS)}."
     if item["type"] == "extra_forbidden":
-        known = _known_keys(schema, location[:-1])
+        known = _known_keys(NETWORK_CONFIGS[network], []) if network else _known_keys(schema, location[:-1])
         close = difflib.get_close_matches(location[-1], known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys here: {', '.join(known)}."
         return f"{path}={item['input']!r}: unknown key; {hint}"

@@ -9,13 +9,14 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.errors import UserError
-from trainer.config import RunConfig, SamplingConfig
+from trainer.config import RunConfig
 from trainer.diffusion.gaussian import Denoiser, GaussianDiffusion
 from trainer.diffusion.guidance import NULL_LABEL, guided, num_calls_a_step
 from trainer.diffusion.respacing import space_timesteps
 from trainer.diffusion.samplers import SAMPLERS, Progress, no_progress, to_uint8
 from trainer.models import IMAGE_CHANNELS
 from trainer.sample_noise import SampleNoise
+from trainer.sampling_config import SamplingConfig
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,13 @@ import torch
 from ranks import run_ranks
 from torch import Tensor, nn
 
-from trainer.config import DiffusionConfig, ModelConfig
 from trainer.diagnosis import Recomputed, diagnose
+from trainer.diffusion_config import DiffusionConfig
+from trainer.model_config import UNetConfig
 from trainer.models import build_model
 from trainer.processes import Processes
 
-MODEL = ModelConfig(
+MODEL = UNetConfig(
     image_size=8, channels=8, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(4,), num_heads=2
 )  # fmt: skip
 

@@ -15,13 +15,15 @@ from benchmarks.memory import run_job
 from data_pipeline.errors import ConfigError, UserError
 from trainer import micro_batch
 from trainer.activations import AsOnGpu, LiveBytes, _history, activations, drop_gradients, random_inputs
-from trainer.config import DiffusionConfig, ModelConfig, RunConfig, load_config
+from trainer.config import RunConfig, load_config
+from trainer.diffusion_config import DiffusionConfig
 from trainer.memory import Memory, largest_that_fits, memory_of, with_micro_batch
 from trainer.micro_batch import Room, search, with_largest_micro_batch
+from trainer.model_config import UNetConfig
 from trainer.models import build_model, count
 from trainer.processes import Processes
 
-MODEL = ModelConfig(image_size=16, channels=64, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(16,))
+MODEL = UNetConfig(image_size=16, channels=64, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(16,))
 DIFFUSION = DiffusionConfig()
 
 

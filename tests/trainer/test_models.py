@@ -10,7 +10,8 @@ import torch.nn.functional as F
 
 from benchmarks.roofline import layers_of
 from benchmarks.unet_step import CPU_PRESETS, PRESETS
-from trainer.config import DiffusionConfig, ModelConfig
+from trainer.diffusion_config import DiffusionConfig
+from trainer.model_config import ModelConfig, UNetConfig
 from trainer.models import build_model, count
 from trainer.models.blocks import GroupNorm, PointwiseConv, Upsample, attend
 
@@ -23,7 +24,7 @@ IMAGENET64: dict[str, Any] = {"image_size": 64, "channel_mult": (1, 2, 3, 4), "n
     [(64, 30_303_494, 20.08), (96, 68_126_598, 44.86), (128, 121_063_942, 79.47), (192, 272_281_350, 178.17)],
 )
 def test_scaling_ladder_has_the_published_sizes(channels: int, params: int, gflops: float) -> None:
-    cost = count(ModelConfig(channels=channels, **IMAGENET64), LEARNED)
+    cost = count(UNetConfig(channels=channels, **IMAGENET64), LEARNED)
     assert cost.num_params == params
     assert round(cost.forward_flops / 1e9, 2) == gflops
     assert cost.train_flops == 3 * cost.forward_flops
@@ -42,14 +43,14 @@ def test_scaling_ladder_has_the_published_sizes(channels: int, params: int, gflo
     ids=["cifar10", "imagenet64-classes", "upsampler", "lsun256"],
 )  # fmt: skip
 def test_other_published_networks(settings: dict[str, Any], params: int) -> None:
-    assert count(ModelConfig(**settings), LEARNED).num_params == params
+    assert count(UNetConfig(**settings), LEARNED).num_params == params
 
 
 def test_attention_is_counted() -> None:
     # qkv and output projections and the two products over 16 x 16 positions, in one encoder and two decoder blocks.
     base: dict[str, Any] = {"image_size": 16, "channels": 8, "channel_mult": (1,), "num_res_blocks": 1, "num_heads": 2}
-    without = count(ModelConfig(attention_resolutions=(), **base), LEARNED).forward_flops
-    with_attention = count(ModelConfig(attention_resolutions=(16,), **base), LEARNED).forward_flops
+    without = count(UNetConfig(attention_resolutions=(), **base), LEARNED).forward_flops
+    with_attention = count(UNetConfig(attention_resolutions=(16,), **base), LEARNED).forward_flops
     positions, width = 256, 8
     per_block = 2 * positions * width * (4 * width) + 2 * 2 * positions * positions * width
     assert with_attention - without == 3 * per_block
@@ -57,7 +58,7 @@ def test_attention_is_counted() -> None:
 
 @pytest.mark.parametrize("variance", ["learned_range", "learned", "fixed_small"])
 def test_shapes_and_zero_start(variance: Any) -> None:
-    model = ModelConfig(image_size=16, channels=8, channel_mult=(1, 2), num_res_blocks=1, num_classes=3, num_heads=2)
+    model = UNetConfig(image_size=16, channels=8, channel_mult=(1, 2), num_res_blocks=1, num_classes=3, num_heads=2)
     objective = "simple" if variance == "fixed_small" else "hybrid"
     network = build_model(model, DiffusionConfig(variance=variance, objective=objective))
     out = network(torch.randn(2, 3, 16, 16), torch.tensor([0.0, 999.5]), torch.tensor([0, 2]))
@@ -76,7 +77,7 @@ def perturbed(model: ModelConfig) -> torch.nn.Module:
 
 
 def test_time_class_and_low_resolution_all_reach_the_output() -> None:
-    model = ModelConfig(
+    model = UNetConfig(
         image_size=16, channels=8, channel_mult=(1, 2), num_res_blocks=1, num_classes=3, num_heads=2, low_res_size=4
     )
     network = perturbed(model)
@@ -88,14 +89,14 @@ def test_time_class_and_low_resolution_all_reach_the_output() -> None:
 
 
 def test_every_parameter_gets_a_gradient() -> None:
-    model = ModelConfig(image_size=16, channels=8, channel_mult=(1, 2), num_res_blocks=2, num_classes=3, num_heads=2)
+    model = UNetConfig(image_size=16, channels=8, channel_mult=(1, 2), num_res_blocks=2, num_classes=3, num_heads=2)
     network = perturbed(model)
     network(torch.randn(2, 3, 16, 16), torch.tensor([1.0, 2.0]), torch.tensor([0, 1])).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
 
 
 def test_images_of_a_batch_do_not_mix() -> None:
-    network = perturbed(ModelConfig(image_size=16, channels=8, channel_mult=(1, 2), num_res_blocks=1, num_heads=2))
+    network = perturbed(UNetConfig(image_size=16, channels=8, channel_mult=(1, 2), num_res_blocks=1, num_heads=2))
     x, time = torch.randn(3, 3, 16, 16), torch.tensor([1.0, 500.0, 900.0])
     together = network(x, time)
     for i in range(3):
@@ -105,7 +106,7 @@ def test_images_of_a_batch_do_not_mix() -> None:
 def test_names_of_the_parts() -> None:
     # Exports and published weights depend on them.
     network = build_model(
-        ModelConfig(image_size=8, channels=8, channel_mult=(1, 2), num_res_blocks=1, num_classes=2, num_heads=1,
+        UNetConfig(image_size=8, channels=8, channel_mult=(1, 2), num_res_blocks=1, num_classes=2, num_heads=1,
                     attention_resolutions=(8,)), LEARNED,
     )  # fmt: skip
     names = {name.rsplit(".", 1)[0] for name, _ in network.named_parameters()}
@@ -119,7 +120,7 @@ def test_names_of_the_parts() -> None:
 
 
 def test_the_memory_format_of_the_images_does_not_matter() -> None:
-    network = perturbed(ModelConfig(image_size=32, channels=8, channel_mult=(1, 2), num_res_blocks=1, num_heads=2))
+    network = perturbed(UNetConfig(image_size=32, channels=8, channel_mult=(1, 2), num_res_blocks=1, num_heads=2))
     x, time = torch.randn(2, 3, 32, 32), torch.tensor([1.0, 500.0])
     out = network(x.contiguous(memory_format=torch.channels_last), time)
     torch.testing.assert_close(out, network(x, time), rtol=1e-4, atol=1e-5)
@@ -133,7 +134,7 @@ CLASSES: dict[str, Any] = {
 
 
 def test_the_null_class_is_the_last_row() -> None:
-    plain, network = perturbed(ModelConfig(**CLASSES)), perturbed(ModelConfig(**CLASSES, null_class=True))
+    plain, network = perturbed(UNetConfig(**CLASSES)), perturbed(UNetConfig(**CLASSES, null_class=True))
     assert plain.class_embed.weight.shape[0] == 3  # the published weights' number
     assert network.class_embed.weight.shape[0] == 4
     x, time = torch.randn(4, 3, 16, 16), torch.tensor([1.0, 2.0, 3.0, 4.0])
@@ -146,13 +147,13 @@ def test_the_null_class_is_the_last_row() -> None:
 
 
 def test_a_dropped_label_without_a_null_class_is_refused() -> None:
-    network = perturbed(ModelConfig(**CLASSES))
+    network = perturbed(UNetConfig(**CLASSES))
     with pytest.raises(ValueError, match="null_class=true"):
         network(torch.randn(2, 3, 16, 16), torch.zeros(2), torch.tensor([0, -1]))
 
 
 def test_images_that_cannot_be_halved_are_refused() -> None:
-    network = perturbed(ModelConfig(image_size=16, channels=8, channel_mult=(1, 1, 2), num_res_blocks=1))
+    network = perturbed(UNetConfig(image_size=16, channels=8, channel_mult=(1, 1, 2), num_res_blocks=1))
     assert network(torch.randn(1, 3, 16, 8), torch.zeros(1)).shape == (1, 6, 16, 8)
     with pytest.raises(ValueError, match=r"16x18.*multiples of 4"):
         network(torch.randn(1, 3, 16, 18), torch.zeros(1))
@@ -181,7 +182,7 @@ def backward(network: torch.nn.Module) -> tuple[list[torch.Tensor], int]:
 @pytest.mark.parametrize("dropout", [0.0, 0.3])
 def test_checkpointed_gradients_are_equal_and_need_less_memory(dropout: float) -> None:
     network = perturbed(
-        ModelConfig(image_size=16, channels=32, channel_mult=(1, 2), num_res_blocks=2, dropout=dropout)
+        UNetConfig(image_size=16, channels=32, channel_mult=(1, 2), num_res_blocks=2, dropout=dropout)
     ).train()
     assert network.checkpoint_activations is False
     plain, plain_bytes = backward(network)
@@ -272,7 +273,7 @@ def test_attention_in_bfloat16(positions: int) -> None:
 
 
 def test_bfloat16_autocast_stays_close() -> None:
-    network = perturbed(ModelConfig(image_size=32, channels=32, channel_mult=(1, 2), num_res_blocks=1, num_classes=3))
+    network = perturbed(UNetConfig(image_size=32, channels=32, channel_mult=(1, 2), num_res_blocks=1, num_classes=3))
     x, time, labels = torch.randn(2, 3, 32, 32), torch.tensor([5.0, 800.0]), torch.tensor([0, 2])
     exact = network(x, time, labels)
     with torch.autocast("cpu", dtype=torch.bfloat16):

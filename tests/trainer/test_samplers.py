@@ -14,9 +14,10 @@ from ranks import run_ranks
 from torch import Tensor
 
 from data_pipeline.errors import UserError
-from trainer.config import DiffusionConfig, load_config
+from trainer.config import load_config
 from trainer.diffusion.gaussian import GaussianDiffusion
 from trainer.diffusion.samplers import SAMPLERS, ddim, to_uint8
+from trainer.diffusion_config import DiffusionConfig
 from trainer.sample_noise import SampleNoise
 from trainer.sampling import check_cascade, sample, sample_cascade
 

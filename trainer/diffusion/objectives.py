@@ -14,8 +14,8 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from trainer.config import DiffusionConfig
 from trainer.diffusion.gaussian import GaussianDiffusion, Prediction
+from trainer.diffusion_config import DiffusionConfig
 
 
 @dataclass(frozen=True)

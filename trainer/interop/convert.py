@@ -15,7 +15,7 @@ from data_pipeline.files import sha256_file
 from trainer.config import RunConfig, load_config, to_yaml
 from trainer.export import Weights, export_info, open_export, save_export
 from trainer.interop import FORMATS
-from trainer.interop.format import FileName, Format, Pair, Shape
+from trainer.interop.format import FileName, Format, Pair, Shape, unet_of
 from trainer.interop.presets import find_preset, preset_names
 from trainer.interop.pt_files import check_is_file, read_pt, write_pt
 from trainer.models import build_model, count
@@ -103,7 +103,8 @@ def export_checkpoint(
 
 
 def meta_network(config: RunConfig) -> UNet:
-    """The config's network with shapes but no numbers."""
+    """The config's network with shapes but no numbers. Raises ConfigError where it is no UNet."""
+    unet_of(config)
     with torch.device("meta"):
         network = build_model(config.model, config.diffusion)
     assert isinstance(network, UNet)

@@ -6,8 +6,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+from data_pipeline.errors import ConfigError
 from trainer.config import RunConfig
 from trainer.export import Weights
+from trainer.model_config import UNetConfig
 from trainer.models.unet import UNet
 
 Shape = tuple[int, ...]
@@ -46,3 +48,10 @@ class Format(Protocol):
 
     def flags(self, config: RunConfig) -> list[str]:
         """Lines for a shell that tell their programs the config. Raises ConfigError for what they cannot express."""
+
+
+def unet_of(config: RunConfig) -> UNetConfig:
+    """The config's network, of the only kind that the other code bases have. Raises ConfigError for others."""
+    if not isinstance(config.model, UNetConfig):
+        raise ConfigError(f"model.name={config.model.name}: only the weights of a unet can be exchanged.")
+    return config.model

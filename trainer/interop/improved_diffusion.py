@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 
 from data_pipeline.errors import ConfigError
 from trainer.config import RunConfig
-from trainer.interop.format import FileName, Pair, Shape
+from trainer.interop.format import FileName, Pair, Shape, unet_of
 from trainer.models.blocks import Downsample
 from trainer.models.unet import UNet, UNetBlock
 
@@ -115,7 +115,7 @@ def differing_settings(shapes: Mapping[str, Shape], config: RunConfig) -> dict[s
     channels, emb_rows, middle_width = shapes[needed[0]][1], shapes[needed[1]][0], shapes[needed[2]][0]
     widths = [shapes[f"input_blocks.{blocks[0]}.0.in_layers.2.weight"][0] for blocks in levels if blocks]
     attention = [f"input_blocks.{blocks[0]}.1.qkv.weight" in shapes for blocks in levels if blocks]
-    model = config.model
+    model = unet_of(config)
     found: dict[str, tuple[object, object]] = {
         "model.channels": (channels, model.channels),
         "model.channel_mult": (tuple(width // channels for width in widths), model.channel_mult),
@@ -146,8 +146,9 @@ def _levels(shapes: Mapping[str, Shape]) -> list[list[int]]:
 
 def attention_sizes(config: RunConfig) -> tuple[int, ...]:
     """The feature map sizes with attention among those that the network really has, largest first."""
-    sizes = [config.model.image_size // 2**level for level in range(len(config.model.channel_mult))]
-    return tuple(size for size in sizes if size in config.model.attention_resolutions)
+    model = unet_of(config)
+    sizes = [model.image_size // 2**level for level in range(len(model.channel_mult))]
+    return tuple(size for size in sizes if size in model.attention_resolutions)
 
 
 # What their command lines are told
@@ -170,7 +171,7 @@ def _joined(values: Mapping[str, object]) -> str:
 
 
 def _model_flags(config: RunConfig) -> dict[str, object]:
-    model, variance = config.model, config.diffusion.variance
+    model, variance = unet_of(config), config.diffusion.variance
     size: dict[str, object] = {"image_size": model.image_size}
     if model.low_res_size:
         size = {"large_size": model.image_size, "small_size": model.low_res_size}
@@ -202,7 +203,7 @@ def _diffusion_flags(config: RunConfig) -> dict[str, object]:
 
 
 def _inexpressible(config: RunConfig) -> Iterator[str]:
-    model, diffusion = config.model, config.diffusion
+    model, diffusion = unet_of(config), config.diffusion
     sizes = SUPER_RESOLUTION_SIZES if model.low_res_size else tuple(CHANNEL_MULT)
     if model.image_size not in sizes:
         what = "super-resolution networks" if model.low_res_size else "networks"

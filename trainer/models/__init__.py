@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -9,10 +10,12 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from trainer.config import DiffusionConfig, ModelConfig
+from trainer.diffusion_config import DiffusionConfig
+from trainer.model_config import ModelConfig
 from trainer.models.unet import UNet
 
-NETWORKS = {"unet": UNet}
+# Of a network's own config and `out_channels`, to a module that is called with (x, time, labels, low_res).
+NETWORKS: dict[str, Callable[..., nn.Module]] = {"unet": UNet}
 IMAGE_CHANNELS = 3
 
 
@@ -33,7 +36,7 @@ def build_model(model: ModelConfig, diffusion: DiffusionConfig, *, checkpoint_ac
     `checkpoint_activations`: train with less memory, computing activations again for the backward pass.
     """
     network = NETWORKS[model.name](model, out_channels=IMAGE_CHANNELS * (2 if diffusion.learns_variance else 1))
-    network.checkpoint_activations = checkpoint_activations
+    network.checkpoint_activations = checkpoint_activations  # type: ignore[assignment]
     return network
 
 

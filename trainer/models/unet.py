@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from trainer.config import ModelConfig
+from trainer.model_config import UNetConfig
 from trainer.models.blocks import (
     Attention,
     Downsample,
@@ -43,7 +43,7 @@ class UNet(nn.Module):
     backward pass: less memory for one forward pass more, and the same gradients.
     """
 
-    def __init__(self, config: ModelConfig, *, out_channels: int, in_channels: int = 3) -> None:
+    def __init__(self, config: UNetConfig, *, out_channels: int, in_channels: int = 3) -> None:
         super().__init__()
         self.config = config
         self.checkpoint_activations = False

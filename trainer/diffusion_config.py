@@ -1,0 +1,71 @@
+"""The diffusion process and the objective: what a config says of them."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, ValidationInfo, field_validator, model_validator
+
+from trainer.section import Section
+
+# What a network can predict, and what L_simple can be the squared error of.
+Quantity = Literal["eps", "x0", "v", "previous_mean"]
+Variance = Literal["learned_range", "learned", "fixed_small", "fixed_large"]
+LEARNED: tuple[Variance, ...] = ("learned_range", "learned")  # those that are a second output of the network
+
+
+class DiffusionConfig(Section):
+    num_timesteps: int = Field(4000, ge=2)  # T
+    schedule: Literal["linear", "cosine"] = "cosine"
+    prediction: Quantity = "eps"  # what the network's output means (trainer/diffusion/gaussian.py)
+    variance: Variance = "learned_range"
+    objective: Literal["simple", "hybrid", "vlb"] = "hybrid"
+    mse_target: Quantity | None = None  # L_simple is its squared error; default: what the network predicts
+    # L_hybrid = L_simple + weight * L_vlb [bits/dim]. rescaled: 1/1000; unrescaled: 1/T; or a number. The names are
+    # the published code's two conventions, `rescale_learned_sigmas` on and off.
+    vlb_weight: Literal["rescaled", "unrescaled"] | Annotated[float, Field(gt=0, allow_inf_nan=False)] = "rescaled"
+    timestep_sampler: Literal["uniform", "stratified", "loss_second_moment"] = "uniform"
+    rescale_timesteps: bool = True  # the network sees t * 1000 / T
+
+    @property
+    def learns_variance(self) -> bool:
+        """Whether the network has a second output, for the variance."""
+        return self.variance in LEARNED
+
+    @property
+    def vlb_factor(self) -> float:
+        """The weight of L_vlb in L_hybrid, as a number."""
+        if self.vlb_weight == "rescaled":
+            return 1 / 1000
+        return 1 / self.num_timesteps if self.vlb_weight == "unrescaled" else float(self.vlb_weight)
+
+    @field_validator("vlb_weight")
+    @classmethod
+    def _weight_has_its_name(cls, weight: str | float, info: ValidationInfo) -> str | float:
+        """A number that has a name is known by it: runs made before there were names compare equal to later ones."""
+        names = {1 / info.data.get("num_timesteps", 1): "unrescaled", 1 / 1000: "rescaled"}
+        return names.get(weight, weight) if isinstance(weight, float) else weight
+
+    @model_validator(mode="after")
+    def _objective_fits(self) -> DiffusionConfig:
+        if self.objective == "hybrid" and not self.learns_variance:
+            raise ValueError(
+                f"diffusion.objective=hybrid learns the variance, but diffusion.variance={self.variance}; "
+                "use variance=learned_range or learned, or objective=simple"
+            )
+        if self.objective == "simple" and self.learns_variance:
+            raise ValueError(
+                f"diffusion.objective=simple gives diffusion.variance={self.variance} no gradient; "
+                "use diffusion.variance=fixed_small or fixed_large, or objective=hybrid"
+            )
+        if self.objective == "vlb" and self.mse_target is not None:
+            raise ValueError(
+                f"diffusion.mse_target={self.mse_target} has no part in diffusion.objective=vlb; "
+                "leave it out, or use objective=simple or hybrid"
+            )
+        if self.schedule == "linear" and self.num_timesteps <= 20:
+            raise ValueError(
+                f"diffusion.num_timesteps={self.num_timesteps} is too few for the linear schedule (beta reaches 1); "
+                "use more than 20, or schedule=cosine"
+            )
+        return self

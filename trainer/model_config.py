@@ -1,0 +1,104 @@
+"""The networks: what a config says of each. `model.name` says which one it is, and so which keys there are."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import Discriminator, Field, Tag, model_validator
+
+from trainer.section import Section
+
+
+class ModelConfig(Section):
+    """What every network has."""
+
+    name: str
+    image_size: int = Field(ge=4)
+    dropout: float = Field(0.0, ge=0.0, lt=1.0)
+    num_classes: int = Field(0, ge=0)  # 0: unconditional
+    null_class: bool = False  # one class more, "none": what label -1 means, and dropped labels become
+    low_res_size: int = Field(0, ge=0)  # > 0: super-resolution net, conditioned on images of this size
+
+    @model_validator(mode="after")
+    def _condition_fits(self) -> ModelConfig:
+        if self.low_res_size and (self.low_res_size >= self.image_size or self.image_size % self.low_res_size):
+            raise ValueError(
+                f"model.low_res_size={self.low_res_size} must divide model.image_size={self.image_size} and be smaller"
+            )
+        if self.null_class and not self.num_classes:
+            raise ValueError("model.null_class=true needs classes; set model.num_classes, or model.null_class=false")
+        return self
+
+
+class EncoderConfig(ModelConfig):
+    """The levels of a UNet's encoder (Nichol & Dhariwal 2021, section 3 and appendix A)."""
+
+    channels: int = Field(ge=4, description="width C of the first level")
+    channel_mult: tuple[int, ...] = Field(min_length=1)  # width of each level, in units of C
+    num_res_blocks: int = Field(ge=1)  # per encoder level; the decoder has one more
+    attention_resolutions: tuple[int, ...] = (16, 8)  # feature map sizes with self-attention
+    num_heads: int = Field(4, ge=1)
+    use_scale_shift_norm: bool = True  # time enters as GroupNorm(h) * (1 + scale) + shift
+
+    @model_validator(mode="after")
+    def _shapes_fit(self) -> EncoderConfig:
+        factor = 2 ** (len(self.channel_mult) - 1)
+        if self.image_size % factor:
+            raise ValueError(
+                f"model.image_size={self.image_size} cannot be halved {len(self.channel_mult) - 1} times; "
+                f"with {len(self.channel_mult)} levels in model.channel_mult use a multiple of {factor}"
+            )
+        sizes = [self.image_size // 2**level for level in range(len(self.channel_mult))]
+        for mult, size in zip(self.channel_mult, sizes, strict=True):
+            width = mult * self.channels
+            if size in self.attention_resolutions and width % self.num_heads:
+                raise ValueError(
+                    f"model.channels={self.channels}: the {size}x{size} level has {width} channels, which "
+                    f"model.num_heads={self.num_heads} does not divide; choose channels as a multiple of num_heads"
+                )
+        if (self.channel_mult[-1] * self.channels) % self.num_heads:
+            raise ValueError(
+                f"model.channels={self.channels}: the middle block has {self.channel_mult[-1] * self.channels} "
+                f"channels, which model.num_heads={self.num_heads} does not divide"
+            )
+        if self.channels % 2:
+            raise ValueError(f"model.channels={self.channels} must be even (sine and cosine halves of the embedding)")
+        return self
+
+
+class UNetConfig(EncoderConfig):
+    """The UNet of Improved DDPM; its decoder mirrors the encoder."""
+
+    name: Literal["unet"] = "unet"
+
+
+class DiTConfig(ModelConfig):
+    """The diffusion transformer (Peebles & Xie 2023) with adaLN-Zero conditioning."""
+
+    name: Literal["dit"] = "dit"
+    patch_size: int = Field(ge=1)  # pixels a side of what becomes one token
+    width: int = Field(ge=4)  # of a token
+    depth: int = Field(ge=1)  # blocks
+    num_heads: int = Field(ge=1)
+    mlp_ratio: float = Field(4.0, gt=0)  # width of a block's hidden layer, in units of `width`
+
+
+class ClassifierConfig(EncoderConfig):
+    """The noisy classifier of Dhariwal & Nichol 2021: a UNet's encoder and middle, pooled to class logits."""
+
+    name: Literal["classifier"] = "classifier"
+
+
+def _network(tree: Any) -> Any:
+    """Which network a section `model` is about."""
+    return tree.get("name", "unet") if isinstance(tree, dict) else getattr(tree, "name", None)
+
+
+# The section `model` of a run: one of the networks' own, told by its name.
+AnyModel = Annotated[
+    Annotated[UNetConfig, Tag("unet")]
+    | Annotated[DiTConfig, Tag("dit")]
+    | Annotated[ClassifierConfig, Tag("classifier")],
+    Discriminator(_network),
+]
+NETWORK_CONFIGS: dict[str, type[ModelConfig]] = {"unet": UNetConfig, "dit": DiTConfig, "classifier": ClassifierConfig}
