@@ -10,7 +10,7 @@ holds on any of them; a mean or a variance of x_{t-1} is that of the network's o
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -56,6 +56,11 @@ class GaussianDiffusion:
     @property
     def num_timesteps(self) -> int:
         return self.schedule.num_timesteps
+
+    def first(self, num_steps: int) -> GaussianDiffusion:
+        """The process of its first, least noisy steps alone: from x at its last one a sampler goes on to x_0."""
+        schedule = self.schedule.first(num_steps)
+        return replace(self, schedule=schedule, trained=schedule if self.schedule is self.trained else self.trained)
 
     def network_time(self, t: Tensor) -> Tensor:
         """The time the network sees: the original process's step, times 1000 / T when rescaled. [B] float32."""

@@ -7,7 +7,7 @@ steps lose their low digits in float32. Values are cast to the images' type only
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
 
@@ -69,6 +69,11 @@ class Schedule:
     @property
     def num_timesteps(self) -> int:
         return len(self.betas)
+
+    def first(self, num_steps: int) -> Schedule:
+        """The tables of its first, least noisy steps alone: they are a process of their own."""
+        tables: dict[str, Any] = {n: t[:num_steps] for n, t in vars(self).items() if isinstance(t, Tensor)}
+        return replace(self, **tables)
 
     @staticmethod
     def gather(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
