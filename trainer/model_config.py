@@ -40,6 +40,16 @@ class EncoderConfig(ModelConfig):
     num_heads: int = Field(4, ge=1)
     use_scale_shift_norm: bool = True  # time enters as GroupNorm(h) * (1 + scale) + shift
 
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """Channels of each level."""
+        return tuple(mult * self.channels for mult in self.channel_mult)
+
+    @property
+    def sizes(self) -> tuple[int, ...]:
+        """Height and width of each level's feature maps."""
+        return tuple(self.image_size // 2**level for level in range(len(self.channel_mult)))
+
     @model_validator(mode="after")
     def _shapes_fit(self) -> EncoderConfig:
         factor = 2 ** (len(self.channel_mult) - 1)
@@ -48,17 +58,15 @@ class EncoderConfig(ModelConfig):
                 f"model.image_size={self.image_size} cannot be halved {len(self.channel_mult) - 1} times; "
                 f"with {len(self.channel_mult)} levels in model.channel_mult use a multiple of {factor}"
             )
-        sizes = [self.image_size // 2**level for level in range(len(self.channel_mult))]
-        for mult, size in zip(self.channel_mult, sizes, strict=True):
-            width = mult * self.channels
+        for width, size in zip(self.widths, self.sizes, strict=True):
             if size in self.attention_resolutions and width % self.num_heads:
                 raise ValueError(
                     f"model.channels={self.channels}: the {size}x{size} level has {width} channels, which "
                     f"model.num_heads={self.num_heads} does not divide; choose channels as a multiple of num_heads"
                 )
-        if (self.channel_mult[-1] * self.channels) % self.num_heads:
+        if self.widths[-1] % self.num_heads:
             raise ValueError(
-                f"model.channels={self.channels}: the middle block has {self.channel_mult[-1] * self.channels} "
+                f"model.channels={self.channels}: the middle block has {self.widths[-1]} "
                 f"channels, which model.num_heads={self.num_heads} does not divide"
             )
         if self.channels % 2:
@@ -87,6 +95,25 @@ class ClassifierConfig(EncoderConfig):
     """The noisy classifier of Dhariwal & Nichol 2021: a UNet's encoder and middle, pooled to class logits."""
 
     name: Literal["classifier"] = "classifier"
+    pool: Literal["attention", "adaptive", "spatial", "spatial_v2"] = "attention"  # how feature maps become logits
+
+    @model_validator(mode="after")
+    def _tells_classes_apart(self) -> ClassifierConfig:
+        if self.num_classes < 2:
+            raise ValueError(
+                f"model.num_classes={self.num_classes}: a classifier tells two classes or more apart; set the number "
+                "of the data's classes"
+            )
+        if self.null_class:
+            raise ValueError(
+                "model.null_class=true: a classifier has no class for dropped labels; set model.null_class=false"
+            )
+        if self.low_res_size:
+            raise ValueError(
+                f"model.low_res_size={self.low_res_size}: a classifier sees the noisy image alone; set "
+                "model.low_res_size=0"
+            )
+        return self
 
 
 def _network(tree: Any) -> Any:

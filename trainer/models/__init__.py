@@ -11,11 +11,12 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.diffusion_config import DiffusionConfig
-from trainer.model_config import ModelConfig
+from trainer.model_config import ClassifierConfig, ModelConfig
+from trainer.models.classifier import Classifier
 from trainer.models.unet import UNet
 
 # Of a network's own config and `out_channels`, to a module that is called with (x, time, labels, low_res).
-NETWORKS: dict[str, Callable[..., nn.Module]] = {"unet": UNet}
+NETWORKS: dict[str, Callable[..., nn.Module]] = {"unet": UNet, "classifier": Classifier}
 IMAGE_CHANNELS = 3
 
 
@@ -35,9 +36,16 @@ def build_model(model: ModelConfig, diffusion: DiffusionConfig, *, checkpoint_ac
 
     `checkpoint_activations`: train with less memory, computing activations again for the backward pass.
     """
-    network = NETWORKS[model.name](model, out_channels=IMAGE_CHANNELS * (2 if diffusion.learns_variance else 1))
+    network = NETWORKS[model.name](model, out_channels=_out_channels(model, diffusion))
     network.checkpoint_activations = checkpoint_activations  # type: ignore[assignment]
     return network
+
+
+def _out_channels(model: ModelConfig, diffusion: DiffusionConfig) -> int:
+    """An image's, twice where the variance is learned; of a classifier the logits."""
+    if isinstance(model, ClassifierConfig):
+        return model.num_classes
+    return IMAGE_CHANNELS * (2 if diffusion.learns_variance else 1)
 
 
 @lru_cache(maxsize=64)

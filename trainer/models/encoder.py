@@ -1,0 +1,104 @@
+"""A UNet's encoder and middle, with the time and class embedding: what the UNet and the classifier share."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from trainer.model_config import EncoderConfig
+from trainer.models.blocks import Attention, Downsample, ResBlock, timestep_embedding
+
+
+class UNetBlock(nn.Module):
+    """A ResBlock, with self-attention behind it at the resolutions that have it."""
+
+    def __init__(self, res: ResBlock, attention: Attention | None) -> None:
+        super().__init__()
+        self.res = res
+        self.attention = attention
+
+    def forward(self, emb: Tensor, *x: Tensor) -> Tensor:
+        """emb [B, emb_channels], x: feature maps [B, .., H, W] joined by channels -> [B, out, H, W]."""
+        h: Tensor = self.res(torch.cat(x, dim=1) if len(x) > 1 else x[0], emb)
+        return h if self.attention is None else self.attention(h)
+
+
+class EncoderNetwork(nn.Module):
+    """The embedding of time and class, the levels of the encoder, and the middle.
+
+    `skip_channels` are the widths of what the encoder's steps put out, in their order.
+
+    With `checkpoint_activations` a training step keeps the blocks' inputs only and computes the blocks again for the
+    backward pass: less memory for one forward pass more, and the same gradients.
+    """
+
+    def __init__(self, config: EncoderConfig, *, in_channels: int, num_embeddings: int = 0) -> None:
+        super().__init__()
+        self.config = config
+        self.checkpoint_activations = False
+        self.emb_channels = 4 * config.channels
+        self.time_embed = nn.Sequential(
+            nn.Linear(config.channels, self.emb_channels), nn.SiLU(), nn.Linear(self.emb_channels, self.emb_channels)
+        )
+        self.class_embed = nn.Embedding(num_embeddings, self.emb_channels) if num_embeddings else None
+
+        channels = config.widths[0]
+        self.stem = nn.Conv2d(in_channels, channels, 3, padding=1)
+        self.skip_channels = [channels]
+        self.encoder = nn.ModuleList()
+        for level, (width, size) in enumerate(zip(config.widths, config.sizes, strict=True)):
+            if level > 0:
+                self.encoder.append(Downsample(channels))
+                self.skip_channels.append(channels)
+            for _ in range(config.num_res_blocks):
+                self.encoder.append(self.block(channels, width, attention=size in config.attention_resolutions))
+                channels = width
+                self.skip_channels.append(channels)
+        self.middle = nn.ModuleList(self.block(channels, channels, attention=attention) for attention in (True, False))
+
+    def block(self, in_channels: int, out_channels: int, *, attention: bool) -> UNetBlock:
+        """A new block of the config's kind."""
+        config = self.config
+        res = ResBlock(
+            in_channels, out_channels,
+            emb_channels=self.emb_channels, dropout=config.dropout, use_scale_shift_norm=config.use_scale_shift_norm,
+        )  # fmt: skip
+        return UNetBlock(res, Attention(out_channels, num_heads=config.num_heads) if attention else None)
+
+    def embed(self, timesteps: Tensor, rows: Tensor | None = None) -> Tensor:
+        """Timesteps [B] and rows [B] of the class embedding, where there is one -> [B, emb_channels], through SiLU."""
+        emb: Tensor = self.time_embed(timestep_embedding(timesteps, self.config.channels))
+        if self.class_embed is not None:
+            emb = emb + self.class_embed(rows)
+        return F.silu(emb)
+
+    def encode(self, x: Tensor, emb: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """x [B, in, H, W], emb [B, emb_channels] -> the middle's output, and those of the encoder's steps.
+
+        Raises ValueError for images that cannot be halved as often as the network has levels.
+        """
+        halvings = len(self.config.widths) - 1
+        if x.shape[-2] % 2**halvings or x.shape[-1] % 2**halvings:
+            raise ValueError(
+                f"images of {x.shape[-2]}x{x.shape[-1]} cannot pass {halvings + 1} levels: "
+                f"height and width must be multiples of {2**halvings}"
+            )
+        h = self.stem(x)
+        skips = [h]
+        for step in self.encoder:
+            h = self.run_block(step, emb, h) if isinstance(step, UNetBlock) else step(h)
+            skips.append(h)
+        for step in self.middle:
+            h = self.run_block(step, emb, h)
+        return h, skips
+
+    def run_block(self, block: nn.Module, *inputs: Tensor) -> Tensor:
+        """A block's output; while training and if so asked, without what its backward pass needs."""
+        if not (self.checkpoint_activations and self.training and torch.is_grad_enabled()):
+            plain: Tensor = block(*inputs)
+            return plain
+        # The generator's state is kept only where a dropout mask has to be drawn again.
+        output: Tensor = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=self.config.dropout > 0)
+        return output
