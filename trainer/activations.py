@@ -122,7 +122,7 @@ def random_inputs(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """What the network is called with: x [B, C, H, W], time [B], labels [B] and low_res [B, C, h, w] or None."""
     x = torch.randn(batch, IMAGE_CHANNELS, model.image_size, model.image_size, device=device)
-    labels = torch.zeros(batch, dtype=torch.long, device=device) if model.num_classes else None
+    labels = torch.zeros(batch, dtype=torch.long, device=device) if model.hears_classes else None
     size = model.low_res_size
     low_res = torch.randn(batch, IMAGE_CHANNELS, size, size, device=device) if size else None
     return x, torch.rand(batch, device=device), labels, low_res

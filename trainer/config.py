@@ -29,7 +29,7 @@ from data_pipeline.files import write_atomic
 from trainer.diffusion.respacing import space_timesteps
 from trainer.diffusion_config import DiffusionConfig
 from trainer.mirror_store import shown, url_problem
-from trainer.model_config import NETWORK_CONFIGS, AnyModel, ModelConfig
+from trainer.model_config import NETWORK_CONFIGS, AnyModel, ClassifierConfig, ModelConfig
 from trainer.sampling_config import SamplingConfig
 from trainer.section import Place, Section
 
@@ -204,6 +204,37 @@ class RunConfig(Section):
         except (KeyError, TypeError, ValueError, AttributeError):
             pass  # no such tree: the fields' own errors say it better
         return tree
+
+    @property
+    def is_classifier(self) -> bool:
+        """Whether the network says what class a noisy image has, instead of what image is in it."""
+        return isinstance(self.model, ClassifierConfig)
+
+    @model_validator(mode="after")
+    def _network_fits_its_objective(self) -> RunConfig:
+        objective, name = self.diffusion.objective, self.model.name
+        if self.is_classifier and objective != "cross_entropy":
+            raise ValueError(
+                f"diffusion.objective={objective} is for networks that predict images, not for model.name=classifier; "
+                "use diffusion.objective=cross_entropy"
+            )
+        if objective == "cross_entropy" and not self.is_classifier:
+            raise ValueError(
+                f"diffusion.objective=cross_entropy is for model.name=classifier, not for model.name={name}; "
+                "use simple, hybrid or vlb"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _classifiers_make_no_images(self) -> RunConfig:
+        train, num_images = self.train, self.train.sample_grid.num_images
+        if self.is_classifier and num_images:
+            raise ValueError(f"train.sample_grid.num_images={num_images}: a classifier makes no images; set it to 0")
+        if self.is_classifier and train.class_dropout:
+            raise ValueError(
+                f"train.class_dropout={train.class_dropout}: a classifier learns from the labels; set it to 0"
+            )
+        return self
 
     @model_validator(mode="after")
     def _samples_can_be_made(self) -> RunConfig:

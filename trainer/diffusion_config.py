@@ -19,7 +19,7 @@ class DiffusionConfig(Section):
     schedule: Literal["linear", "cosine"] = "cosine"
     prediction: Quantity = "eps"  # what the network's output means (trainer/diffusion/gaussian.py)
     variance: Variance = "learned_range"
-    objective: Literal["simple", "hybrid", "vlb"] = "hybrid"
+    objective: Literal["simple", "hybrid", "vlb", "cross_entropy"] = "hybrid"  # the last is a classifier's
     mse_target: Quantity | None = None  # L_simple is its squared error; default: what the network predicts
     # L_hybrid = L_simple + weight * L_vlb [bits/dim]. rescaled: 1/1000; unrescaled: 1/T; or a number. The names are
     # the published code's two conventions, `rescale_learned_sigmas` on and off.
@@ -30,7 +30,7 @@ class DiffusionConfig(Section):
     @property
     def learns_variance(self) -> bool:
         """Whether the network has a second output, for the variance."""
-        return self.variance in LEARNED
+        return self.variance in LEARNED and self.objective != "cross_entropy"
 
     @property
     def vlb_factor(self) -> float:
@@ -67,5 +67,23 @@ class DiffusionConfig(Section):
             raise ValueError(
                 f"diffusion.num_timesteps={self.num_timesteps} is too few for the linear schedule (beta reaches 1); "
                 "use more than 20, or schedule=cosine"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _classifiers_predict_no_image(self) -> DiffusionConfig:
+        if self.objective != "cross_entropy":
+            return self
+        for name in ("prediction", "variance", "mse_target", "vlb_weight"):
+            value, default = getattr(self, name), type(self).model_fields[name].default
+            if value != default:
+                raise ValueError(
+                    f"diffusion.{name}={value} says how an image is predicted, which a network with "
+                    f"diffusion.objective=cross_entropy does not do; leave it out, or at {default or 'null'}"
+                )
+        if self.timestep_sampler == "loss_second_moment":
+            raise ValueError(
+                "diffusion.timestep_sampler=loss_second_moment draws by the terms of the bound, which "
+                "diffusion.objective=cross_entropy has none of; use uniform or stratified"
             )
         return self

@@ -105,7 +105,7 @@ class Engine:
         return module
 
     def forward(self, x: Tensor, time: Tensor, labels: Tensor | None, low_res: Tensor | None) -> Tensor:
-        """The network's output in float32: [B, out_channels, H, W]."""
+        """The network's output in float32: [B, out_channels, H, W], or a classifier's logits [B, num_classes]."""
         if self._channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         output: Tensor = self._engine(x, time, labels, low_res)

@@ -113,6 +113,27 @@ def open_dataset(config: RunConfig) -> ShardDataset:
     if config.model.num_classes and manifest.num_classes != config.model.num_classes:
         raise ConfigError(
             f"model.num_classes={config.model.num_classes}, but {config.data.train} has {manifest.num_classes} "
-            "classes; set it to that, or to 0 for an unconditional network."
+            f"classes; {_remedy(config, manifest.num_classes)}."
         )
+    if config.model.num_classes and not config.model.null_class:
+        _check_labels(dataset, config.model.num_classes)
     return dataset
+
+
+def _remedy(config: RunConfig, num_classes: int) -> str:
+    """What to do about a split with another number of classes."""
+    if not config.is_classifier:
+        return "set it to that, or to 0 for an unconditional network"
+    return "set it to that" if num_classes > 1 else "a classifier learns from labels: prepare the data with its classes"
+
+
+def _check_labels(dataset: ShardDataset, num_classes: int) -> None:
+    """Raises ConfigError where an image has no class of the split's."""
+    labels = dataset.index.label
+    unknown = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if len(unknown):
+        raise ConfigError(
+            f"model.num_classes={num_classes}, but {len(unknown):,} of the {len(dataset):,} images in {dataset.place} "
+            f"have no such class (the first is number {unknown[0]}, with label {labels[unknown[0]]}); prepare the data "
+            "with the class of every image, or train a network that need not know it (model.null_class=true)."
+        )

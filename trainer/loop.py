@@ -31,7 +31,7 @@ from trainer.config import RunConfig, to_yaml
 from trainer.damage import DamageWatch
 from trainer.diagnosis import Recomputed, diagnose
 from trainer.diffusion.gaussian import GaussianDiffusion
-from trainer.diffusion.objectives import Losses, training_losses
+from trainer.diffusion.objectives import Losses, classification_losses, training_losses
 from trainer.diffusion.timesteps import make_timestep_sampler
 from trainer.ema import ShardedEma
 from trainer.engine import Engine, split_batch
@@ -246,9 +246,11 @@ class Run:
             output = self.engine.forward(
                 x_t,
                 self.diffusion.network_time(t),
-                inputs.labels if model.num_classes else None,
+                inputs.labels if model.hears_classes else None,
                 downsample(x0, model.low_res_size) if model.low_res_size else None,
             )
+        if self.config.is_classifier:
+            return classification_losses(output, inputs.labels)
         return training_losses(
             self.diffusion, self.config.diffusion, output, x0=x0, x_t=x_t, t=t, noise=inputs.noise
         )  # fmt: skip

@@ -25,16 +25,15 @@ from torch import Tensor
 
 from trainer.clock import Clock, Moment
 from trainer.config import RunConfig
-from trainer.diffusion.objectives import Losses
+from trainer.diffusion.objectives import Losses, part_names
 from trainer.noise_scale import SmoothedNoiseScale
 from trainer.processes import Processes
 from trainer.tracking.records import TrainRecord
 
 QUARTILES = 4
-# Columns of the sums: per quartile of t the images, their importance weights and the weighted sums of mse and vb; then
-# the whole batch's figures; ...
-_PER_QUARTILE = ("count", "weight", "mse", "vb")
-_TABLE = QUARTILES * len(_PER_QUARTILE)
+# Columns of the sums: per quartile of t the images, their importance weights and the weighted sums of the objective's
+# parts; then the whole batch's figures; ...
+_PER_QUARTILE = ("count", "weight")
 _MICRO = ("nonfinite_images",)
 _STEP = ("loss", "grad_norm", "steps", "skipped_steps")
 _NOISE = ("noise_small", "noise_big", "noise_count")
@@ -66,6 +65,9 @@ class Meter:
     def __init__(self, config: RunConfig, flops_per_image: float, processes: Processes, peak_flops: float) -> None:
         """`peak_flops`: FLOP/s of one device, for MFU."""
         self._num_timesteps = config.diffusion.num_timesteps
+        self._parts = part_names(config.diffusion, config.model.num_classes)
+        self._columns = len(_PER_QUARTILE) + len(self._parts)
+        self._table = QUARTILES * self._columns
         self._global_batch = config.train.global_batch
         self._micro_batch = min(
             config.train.micro_batch or self._global_batch, self._global_batch // processes.world_size
@@ -87,25 +89,17 @@ class Meter:
         self._warm = False  # whether the life's first step is over
 
     def _zeros(self) -> Tensor:
-        return torch.zeros(_TABLE + len(_SCALARS), dtype=torch.float64, device=self._processes.device)
+        return torch.zeros(self._table + len(_SCALARS), dtype=torch.float64, device=self._processes.device)
 
     # ---- in a step ----------------------------------------------------------------------------------------------
 
     def add_losses(self, t: Tensor, weights: Tensor, losses: Losses) -> None:
         """Add one micro-batch; t, the timestep sampler's weights and the losses are [b]."""
-        absent = torch.zeros_like(losses.loss)
-        rows = torch.stack(
-            [
-                torch.ones_like(losses.loss),
-                weights,
-                absent if losses.mse is None else weights * losses.mse.detach(),
-                absent if losses.vb is None else weights * losses.vb.detach(),
-            ],
-            dim=1,
-        ).double()  # fmt: skip  [b, 4]
+        parts = [weights * losses.parts[name].detach() for name in self._parts]
+        rows = torch.stack([torch.ones_like(losses.loss), weights, *parts], dim=1).double()  # [b, columns]
         finite = rows.isfinite().all(dim=1) & losses.loss.detach().isfinite()  # [b]
         quartile = (t * QUARTILES) // self._num_timesteps
-        table = self._sums[:_TABLE].view(QUARTILES, len(_PER_QUARTILE))
+        table = self._sums[: self._table].view(QUARTILES, self._columns)
         table.index_add_(0, quartile, torch.where(finite[:, None], rows, 0.0))
         self._add(_MICRO, (~finite).sum(dim=0, keepdim=True))
 
@@ -144,7 +138,7 @@ class Meter:
         self._warm = True
 
     def _add(self, columns: tuple[str, ...], row: Tensor) -> None:
-        start = _TABLE + _SCALARS.index(columns[0])
+        start = self._table + _SCALARS.index(columns[0])
         self._sums[start : start + len(columns)] += row
 
     # ---- at an interval's end -----------------------------------------------------------------------------------
@@ -197,12 +191,12 @@ class Meter:
             return None
         if pending.ready is not None:
             pending.ready.synchronize()  # recorded an interval ago: there is nothing to wait for
-        sums = pending.figures[:, : _TABLE + len(_SCALARS)].sum(dim=0)
+        sums = pending.figures[:, : self._table + len(_SCALARS)].sum(dim=0)
         rest = pending.figures[:, len(sums) :]
         state = dict(zip(_STATE, rest[0].tolist(), strict=False))  # the same on all processes
         own = {name: rest[:, len(_STATE) + i].tolist() for i, name in enumerate(_OWN)}
-        table = sums[:_TABLE].view(QUARTILES, len(_PER_QUARTILE))
-        scalars = dict(zip(_SCALARS, sums[_TABLE:].tolist(), strict=True))
+        table = sums[: self._table].view(QUARTILES, self._columns)
+        scalars = dict(zip(_SCALARS, sums[self._table :].tolist(), strict=True))
         images = float(table[:, 0].sum()) + scalars["nonfinite_images"]
         flops_per_second = images * self._flops_per_image / pending.seconds
         values = {
@@ -225,7 +219,7 @@ class Meter:
             values["train/loss_scale"] = state["loss_scale"]
         if any(own["device_peak_gb"]):
             values["memory/device_peak_gb"] = max(own["device_peak_gb"])
-        values |= _by_quartile(table) | _forward(own["forward_seconds"])
+        values |= _by_quartile(table, self._parts) | _forward(own["forward_seconds"])
         values |= self._step_seconds(pending) | self._noise_scale(scalars)
         return TrainRecord(pending.nimg, pending.nimg * self._flops_per_image, pending.time, values)
 
@@ -249,12 +243,12 @@ class Meter:
         return {} if scale is None else {"train/grad_noise_scale": scale}
 
 
-def _by_quartile(table: Tensor) -> dict[str, float]:
+def _by_quartile(table: Tensor, parts: tuple[str, ...]) -> dict[str, float]:
     """Means as under uniform t, whatever the timestep sampler: within each quartile, and over all t."""
-    values = {}
-    for column, kind in enumerate(_PER_QUARTILE[2:], start=2):
-        if not table[:, column].any():
-            continue  # the objective has no such term
+    values: dict[str, float] = {}
+    if not table[:, 0].any():
+        return values  # no image had a finite loss
+    for column, kind in enumerate(parts, start=len(_PER_QUARTILE)):
         for quartile in range(QUARTILES):
             if table[quartile, 0] > 0:
                 values[f"train/{kind}_q{quartile}"] = float(table[quartile, column] / table[quartile, 1])

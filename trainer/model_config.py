@@ -29,6 +29,11 @@ class ModelConfig(Section):
             raise ValueError("model.null_class=true needs classes; set model.num_classes, or model.null_class=false")
         return self
 
+    @property
+    def hears_classes(self) -> bool:
+        """Whether classes are among what the network is given; a classifier's are what it gives."""
+        return self.num_classes > 0
+
 
 class EncoderConfig(ModelConfig):
     """The levels of a UNet's encoder (Nichol & Dhariwal 2021, section 3 and appendix A)."""
@@ -114,6 +119,10 @@ class ClassifierConfig(EncoderConfig):
                 "model.low_res_size=0"
             )
         return self
+
+    @property
+    def hears_classes(self) -> bool:
+        return False
 
 
 def _network(tree: Any) -> Any:

@@ -73,6 +73,35 @@ def test_errors_name_key_value_and_remedy(tiny_config: Path, override: str, expe
         assert part in str(caught.value)
 
 
+CLASSIFIER = (
+    "model={name: classifier, channels: 8, channel_mult: [1, 2], num_res_blocks: 1, attention_resolutions: [8], "
+    "num_heads: 2, num_classes: 4}",
+    "diffusion.objective=cross_entropy",
+)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "expected"),
+    [
+        (["diffusion.objective=hybrid"], ["diffusion.objective=hybrid", "use diffusion.objective=cross_entropy"]),
+        (["model.name=unet"], ["diffusion.objective=cross_entropy", "model.name=unet", "simple, hybrid or vlb"]),
+        (["diffusion.variance=learned"], ["diffusion.variance=learned", "leave it out, or at learned_range"]),
+        (["diffusion.prediction=v"], ["diffusion.prediction=v", "leave it out, or at eps"]),
+        (["diffusion.mse_target=x0"], ["diffusion.mse_target=x0", "leave it out, or at null"]),
+        (["diffusion.vlb_weight=0.5"], ["diffusion.vlb_weight=0.5", "leave it out, or at rescaled"]),
+        (["diffusion.timestep_sampler=loss_second_moment"], ["loss_second_moment", "use uniform or stratified"]),
+        (["train.sample_grid.num_images=4"], ["train.sample_grid.num_images=4", "makes no images", "set it to 0"]),
+        (["train.class_dropout=0.1"], ["train.class_dropout=0.1", "set it to 0"]),
+    ],
+)
+def test_what_a_classifier_cannot_be_told(tiny_config: Path, overrides: list[str], expected: list[str]) -> None:
+    assert load_config(tiny_config, CLASSIFIER).is_classifier
+    with pytest.raises(ConfigError) as caught:
+        load_config(tiny_config, [*CLASSIFIER, *overrides])
+    for part in expected:
+        assert part in str(caught.value)
+
+
 def test_linear_schedule_that_cannot_be(tiny_config: Path) -> None:
     with pytest.raises(ConfigError, match=r"num_timesteps=20.*linear"):
         load_config(tiny_config, ["diffusion.schedule=linear", "diffusion.num_timesteps=20"])

@@ -22,7 +22,11 @@ ALONE = Processes(rank=0, world_size=1, local_rank=0, device=torch.device("cpu")
 ONE, ZERO = torch.tensor(1.0), torch.tensor(0.0)
 
 
-def config(*, global_batch: int = 4, micro_batch: int | None = None) -> RunConfig:
+CLASSIFIER = {"model": {"name": "classifier", "num_classes": 4}, "diffusion": {"objective": "cross_entropy"}}
+
+
+def config(*, global_batch: int = 4, micro_batch: int | None = None, of: Any = None) -> RunConfig:
+    of = of or {}
     return RunConfig.model_validate(
         {
             "name": "test",
@@ -34,15 +38,16 @@ def config(*, global_batch: int = 4, micro_batch: int | None = None) -> RunConfi
                 "channel_mult": [1],
                 "num_res_blocks": 1,
                 "attention_resolutions": [],
+                **of.get("model", {}),
             },
-            "diffusion": {"num_timesteps": 8, "schedule": "cosine"},
+            "diffusion": {"num_timesteps": 8, "schedule": "cosine", "objective": "vlb", **of.get("diffusion", {})},
             "train": {"global_batch": global_batch, "micro_batch": micro_batch, "lr": 1e-3, "budget_images": 8},
         }
     )
 
 
-def make(processes: Processes = ALONE, **batches: Any) -> Meter:
-    return Meter(config(**batches), flops_per_image=10.0, processes=processes, peak_flops=1000.0)
+def make(processes: Processes = ALONE, **options: Any) -> Meter:
+    return Meter(config(**options), flops_per_image=10.0, processes=processes, peak_flops=1000.0)
 
 
 def close(meter: Meter, nimg: int = 4, **figures: Any) -> TrainRecord | None:
@@ -63,7 +68,7 @@ def add_micro_batch(meter: Meter, vb: list[float]) -> None:
     """Images of the first quartile with these losses."""
     losses = torch.tensor(vb)
     t = torch.zeros(len(vb), dtype=torch.long)
-    meter.add_losses(t, torch.ones(len(vb)), Losses(loss=losses, mse=None, vb=losses))
+    meter.add_losses(t, torch.ones(len(vb)), Losses(losses, {"vb": losses}))
 
 
 def test_figures_are_those_of_uniform_t_whatever_was_drawn() -> None:
@@ -72,7 +77,7 @@ def test_figures_are_those_of_uniform_t_whatever_was_drawn() -> None:
     t = torch.tensor([0, 0, 0, 5])
     weights = torch.tensor([1 / 3, 1 / 3, 1 / 3, 1.0])
     vb = torch.tensor([3.0, 6.0, 9.0, 2.0])
-    meter.add_losses(t, weights, Losses(loss=vb, mse=None, vb=vb))
+    meter.add_losses(t, weights, Losses(vb, {"vb": vb}))
     meter.add_step((vb * weights).mean(), torch.tensor(0.5), ZERO)
     assert close(meter, 4) is None  # one interval late
     record = meter.flush()
@@ -308,3 +313,17 @@ def test_a_step_looks_at_no_value() -> None:
         meter.add_noise(ONE, ONE)
         meter.add_step(ONE, ONE, ZERO)
         assert close(meter) is None
+
+
+def test_a_classifier_that_is_never_right_has_an_accuracy() -> None:
+    meter = make(of=CLASSIFIER)
+    t, wrong = torch.tensor([0, 1, 7]), torch.zeros(3)
+    losses = Losses(torch.tensor([1.0, 3.0, 5.0]), {"cross_entropy": torch.tensor([1.0, 3.0, 5.0]), "accuracy": wrong})
+    meter.add_losses(t, torch.ones(3), losses)
+    meter.add_step(losses.loss.mean(), ONE, ZERO)
+    values = closed(meter)
+    found = {name: value for name, value in values.items() if "accuracy" in name or "entropy" in name}
+    assert found == {
+        "train/accuracy": 0.0, "train/accuracy_q0": 0.0, "train/accuracy_q3": 0.0,
+        "train/cross_entropy": 3.0, "train/cross_entropy_q0": 2.0, "train/cross_entropy_q3": 5.0,
+    }  # fmt: skip

@@ -10,7 +10,7 @@ from gaussian_data import exact_output
 from torch import Tensor
 
 from trainer.diffusion.gaussian import GaussianDiffusion
-from trainer.diffusion.objectives import Losses, training_losses
+from trainer.diffusion.objectives import Losses, classification_losses, part_names, training_losses
 from trainer.diffusion_config import DiffusionConfig, Quantity
 
 QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
@@ -35,13 +35,11 @@ def losses_of(
 def test_hybrid_trains_the_mean_by_the_mse_alone(kind: Quantity) -> None:
     config = DiffusionConfig(num_timesteps=100, vlb_weight=0.5, prediction=kind)
     losses, output, _ = losses_of(config, torch.tensor([0, 5, 50, 99]))
-    assert losses.mse is not None
-    assert losses.vb is not None
-    torch.testing.assert_close(losses.loss, losses.mse + 0.5 * losses.vb)
-    (by_vb,) = torch.autograd.grad(losses.vb.sum(), output, retain_graph=True)
+    torch.testing.assert_close(losses.loss, losses.parts["mse"] + 0.5 * losses.parts["vb"])
+    (by_vb,) = torch.autograd.grad(losses.parts["vb"].sum(), output, retain_graph=True)
     assert float(by_vb[:, :3].abs().max()) == 0.0
     assert (by_vb[:, 3:].abs().amax(dim=(1, 2, 3)) > 0).all()
-    (by_mse,) = torch.autograd.grad(losses.mse.sum(), output)
+    (by_mse,) = torch.autograd.grad(losses.parts["mse"].sum(), output)
     assert float(by_mse[:, 3:].abs().max()) == 0.0
 
 
@@ -61,9 +59,7 @@ def test_names_of_the_published_weights_of_the_bound() -> None:
     for name, factor in (("rescaled", 100 / 1000), ("unrescaled", 1.0), (0.01, 1.0)):
         config = DiffusionConfig(num_timesteps=100, vlb_weight=name)  # type: ignore[arg-type]
         losses, _, _ = losses_of(config, t)
-        assert losses.mse is not None
-        assert losses.vb is not None
-        torch.testing.assert_close(losses.loss - losses.mse, losses.vb / 100 * factor)
+        torch.testing.assert_close(losses.loss - losses.parts["mse"], losses.parts["vb"] / 100 * factor)
 
 
 @pytest.mark.parametrize("target", [None, *QUANTITIES])
@@ -85,7 +81,7 @@ def test_mse_is_of_the_target_whatever_is_predicted(prediction: Quantity, target
         "previous_mean": process.schedule.gather(process.schedule.posterior_mean_x0, t, x0) * (x0 - batch["x0"]),
     }[target or prediction]
     torch.testing.assert_close(losses.loss, error.square().mean(dim=(1, 2, 3)), rtol=1e-8, atol=1e-12)
-    assert losses.vb is None
+    assert losses.parts.keys() == {"mse"}
 
 
 def test_v_loss_weighs_x0_by_one_plus_snr() -> None:
@@ -100,3 +96,31 @@ def test_v_loss_weighs_x0_by_one_plus_snr() -> None:
         both.append(losses.loss)
     alphas_cumprod = GaussianDiffusion.create(DiffusionConfig(num_timesteps=100)).schedule.alphas_cumprod[t]
     torch.testing.assert_close(both[0], both[1] * (1 + alphas_cumprod / (1 - alphas_cumprod)))
+
+
+def test_losses_of_a_classifier() -> None:
+    logits = torch.tensor([[3.0, 1.0, 0.0, 2.0, -1.0, -2.0]] * 4, requires_grad=True)
+    losses = classification_losses(logits, torch.tensor([0, 3, 4, 5]))  # ranked first, second, fifth and last
+    expected = torch.logsumexp(logits[0], 0) - logits[0, [0, 3, 4, 5]]
+    torch.testing.assert_close(losses.loss, expected)
+    torch.testing.assert_close(losses.parts["cross_entropy"], expected)
+    assert losses.parts["accuracy"].tolist() == [1, 0, 0, 0]
+    assert losses.parts["top5"].tolist() == [1, 1, 1, 0]
+    (gradient,) = torch.autograd.grad(losses.loss.sum(), logits)
+    torch.testing.assert_close(gradient, logits.softmax(dim=1) - torch.eye(6)[[0, 3, 4, 5]])
+    assert classification_losses(logits[:, :4], torch.tensor([0, 1, 2, 3])).parts.keys() == {
+        "cross_entropy",
+        "accuracy",
+    }
+
+
+@pytest.mark.parametrize("objective", ["simple", "hybrid", "vlb"])
+def test_the_parts_are_those_that_are_named(objective: Any) -> None:
+    variance: Any = "fixed_small" if objective == "simple" else "learned_range"
+    config = DiffusionConfig(num_timesteps=100, variance=variance, objective=objective)
+    losses, _, _ = losses_of(config, torch.tensor([0, 5, 50]))
+    assert tuple(losses.parts) == part_names(config)
+    for num_classes in (4, 5):
+        config = DiffusionConfig(objective="cross_entropy")
+        found = classification_losses(torch.randn(2, num_classes), torch.tensor([0, 1]))
+        assert tuple(found.parts) == part_names(config, num_classes)

@@ -6,25 +6,42 @@ L_simple + weight * L_vlb; the weight goes by the names of the published code's 
 
 - `rescaled`: 1 / 1000, whatever T ("rescale_learned_sigmas" on: L_t is multiplied by T / 1000).
 - `unrescaled`: 1 / T ("rescale_learned_sigmas" off: L_t itself is added).
+
+A classifier of noisy images is trained with the cross-entropy of the true class given x_t (Dhariwal & Nichol 2021,
+section 4 and appendix H).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch.nn.functional as F
 from torch import Tensor
 
 from trainer.diffusion.gaussian import GaussianDiffusion, Prediction
 from trainer.diffusion_config import DiffusionConfig
 
+TOP = 5  # classes: "top 5" is asked where there are as many
+
 
 @dataclass(frozen=True)
 class Losses:
-    """Per image, each [B]: what is minimised, and its parts where the objective has them."""
+    """Per image, each [B]: what is minimised, and the figures that are shown of it, by name.
+
+    - mse: L_simple, a mean over dimensions.
+    - vb: T times the bound's term at t, an unbiased estimate of L_vlb in bits/dim under uniform t.
+    - cross_entropy, of a classifier, in nats; accuracy and top5: 1 where the class is the first guess, among five.
+    """
 
     loss: Tensor
-    mse: Tensor | None  # L_simple: a mean over dimensions
-    vb: Tensor | None  # T times the bound's term at t: an unbiased estimate of L_vlb in bits/dim under uniform t
+    parts: dict[str, Tensor]
+
+
+def part_names(config: DiffusionConfig, num_classes: int = 0) -> tuple[str, ...]:
+    """The names of `Losses.parts` for an objective, and the classes that a classifier tells apart."""
+    if config.objective == "cross_entropy":
+        return ("cross_entropy", "accuracy", "top5") if num_classes >= TOP else ("cross_entropy", "accuracy")
+    return {"simple": ("mse",), "vlb": ("vb",), "hybrid": ("mse", "vb")}[config.objective]
 
 
 def training_losses(
@@ -46,16 +63,27 @@ def training_losses(
     prediction = diffusion.predict(output, x_t, t, clip=False)
     if config.objective == "vlb":
         vb = diffusion.vb_terms(prediction, x0, x_t, t) * diffusion.num_timesteps
-        return Losses(loss=vb, mse=None, vb=vb)
+        return Losses(vb, {"vb": vb})
     target = config.mse_target or config.prediction
     error = diffusion.quantity(target, prediction.x0, prediction.eps, x_t, t) - diffusion.quantity(
         target, x0, noise, x_t, t
     )
     mse = error.square().flatten(1).mean(dim=1)
     if config.objective == "simple":
-        return Losses(loss=mse, mse=mse, vb=None)
+        return Losses(mse, {"mse": mse})
     vb = diffusion.vb_terms(_detach_mean(prediction), x0, x_t, t) * diffusion.num_timesteps
-    return Losses(loss=mse + config.vlb_factor * vb, mse=mse, vb=vb)
+    return Losses(mse + config.vlb_factor * vb, {"mse": mse, "vb": vb})
+
+
+def classification_losses(logits: Tensor, labels: Tensor) -> Losses:
+    """The losses of a batch of a classifier: logits [B, num_classes], true classes [B]."""
+    cross_entropy = F.cross_entropy(logits, labels, reduction="none")
+    # How many classes are ranked before the true one; one that is as likely is not.
+    before = (logits > logits.gather(1, labels[:, None])).sum(dim=1)  # [B]
+    parts = {"cross_entropy": cross_entropy, "accuracy": (before < 1).float()}
+    if logits.shape[1] >= TOP:
+        parts["top5"] = (before < TOP).float()
+    return Losses(cross_entropy, parts)
 
 
 def _detach_mean(prediction: Prediction) -> Prediction:

@@ -57,7 +57,7 @@ def count(model: ModelConfig, diffusion: DiffusionConfig) -> ModelCost:
     with torch.device("meta"):
         network = build_model(model, diffusion)
         x = torch.empty(1, IMAGE_CHANNELS, model.image_size, model.image_size)
-        labels = torch.zeros(1, dtype=torch.long) if model.num_classes else None
+        labels = torch.zeros(1, dtype=torch.long) if model.hears_classes else None
         low_res = torch.empty(1, IMAGE_CHANNELS, model.low_res_size, model.low_res_size) if model.low_res_size else None
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             network(x, torch.zeros(1), labels, low_res)
