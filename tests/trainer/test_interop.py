@@ -715,6 +715,7 @@ def test_flags_of_a_published_run_and_of_an_upsampler() -> None:
         (["model.attention_resolutions=[64,8]"], "--attention_resolutions 8 "),
         (["diffusion.vlb_weight=0.5"], "# training only: no flag for diffusion.vlb_weight=0.5"),
         (["diffusion.mse_target=x0"], "# training only: no flag for diffusion.mse_target=x0"),
+        (["diffusion.loss_weight=min_snr"], "# training only: no flag for diffusion.loss_weight=min_snr"),
     ],
 )
 def test_settings_become_flags(small: Path, overrides: list[str], flag: str) -> None:
@@ -727,6 +728,7 @@ def test_settings_become_flags(small: Path, overrides: list[str], flag: str) -> 
         ["diffusion.prediction=v"],
         ["diffusion.prediction=previous_mean"],
         ["diffusion.variance=learned"],
+        ["diffusion.schedule=sigmoid"],
         ["model.null_class=true", "model.num_classes=1000"],
         ["model.num_classes=10"],
         ["model.channels=48"],

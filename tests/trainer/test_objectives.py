@@ -124,3 +124,45 @@ def test_the_parts_are_those_that_are_named(objective: Any) -> None:
         config = DiffusionConfig(objective="cross_entropy")
         found = classification_losses(torch.randn(2, num_classes), torch.tensor([0, 1]))
         assert tuple(found.parts) == part_names(config, num_classes)
+
+
+@pytest.mark.parametrize("objective", ["simple", "hybrid"])
+@pytest.mark.parametrize("target", [None, *QUANTITIES])
+@pytest.mark.parametrize("prediction", QUANTITIES)
+def test_min_snr_is_a_weight_of_the_x0_error_whatever_is_predicted(
+    prediction: Quantity, target: Quantity | None, objective: Any
+) -> None:
+    """Hang et al. 2023: min(SNR, gamma) |x_0 - its prediction|², here with an SNR by hand from the betas."""
+    config = DiffusionConfig(
+        num_timesteps=100, objective=objective, prediction=prediction, mse_target=target, loss_weight="min_snr",
+        variance="learned_range" if objective == "hybrid" else "fixed_small", min_snr_gamma=2.0,
+    )  # fmt: skip
+    t = torch.tensor([0, 2, 50, 90, 99])
+    losses, output, batch = losses_of(config, t)
+    process = GaussianDiffusion.create(config)
+    error = process.predict(output, batch["x_t"], t, clip=False).x0 - batch["x0"]
+    kept = [float((1 - process.schedule.betas[: step + 1]).prod()) for step in t.tolist()]
+    weights = torch.tensor([min(2.0, share / (1 - share)) for share in kept], dtype=torch.float64)
+    assert (weights == 2.0).tolist() == [True, True, False, False, False]
+    expected = weights * error.square().mean(dim=(1, 2, 3))
+    by_vb = config.vlb_factor * losses.parts["vb"] if objective == "hybrid" else 0.0
+    torch.testing.assert_close(losses.loss - by_vb, expected, rtol=1e-7, atol=1e-9)
+    plain, _, _ = losses_of(config.model_copy(update={"loss_weight": "none"}), t)
+    torch.testing.assert_close(losses.parts["mse"], plain.parts["mse"])  # what is logged does not depend on the weight
+
+
+def test_min_snr_weights_of_the_paper() -> None:
+    """min(SNR, 5) / SNR of the eps-loss, min(SNR, 5) / (SNR + 1) of the v-loss, by a network that is off by one."""
+    t = torch.tensor([1, 10, 50, 99])
+    kept = GaussianDiffusion.create(DiffusionConfig(num_timesteps=100)).schedule.alphas_cumprod[t]
+    snr = kept / (1 - kept)
+    capped = torch.minimum(snr, torch.tensor(5.0, dtype=torch.float64))
+    for kind, weight in (("eps", capped / snr), ("x0", capped), ("v", capped / (snr + 1))):
+        config = DiffusionConfig(
+            num_timesteps=100, variance="fixed_small", objective="simple", prediction=kind, loss_weight="min_snr"
+        )  # type: ignore[arg-type]
+        process = GaussianDiffusion.create(config)
+        _, _, batch = losses_of(config, t)
+        right = process.quantity(config.prediction, batch["x0"], batch["noise"], batch["x_t"], t)
+        losses, _, _ = losses_of(config, t, right + 1)
+        torch.testing.assert_close(losses.loss, weight)

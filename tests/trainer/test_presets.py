@@ -13,7 +13,13 @@ from trainer.interop.presets import find_preset, preset_names
 from trainer.models import count
 
 K = 1000
-NOT_PUBLISHED = {"cifar10/small", "cifar10/simple", "imagenet256/class_conditional"}
+NOT_PUBLISHED = {
+    "cifar10/min_snr",
+    "cifar10/sigmoid",
+    "cifar10/small",
+    "cifar10/simple",
+    "imagenet256/class_conditional",
+}
 
 
 @dataclass(frozen=True)

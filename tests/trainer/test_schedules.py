@@ -9,10 +9,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.special import expit
 
 from data_pipeline.errors import ConfigError
+from trainer.diffusion.gaussian import GaussianDiffusion
 from trainer.diffusion.respacing import space_timesteps
-from trainer.diffusion.schedules import Schedule, cosine_betas, linear_betas, make_schedule
+from trainer.diffusion.schedules import Schedule, cosine_betas, linear_betas, make_schedule, sigmoid_betas
+from trainer.diffusion_config import STEEPEST, DiffusionConfig
 
 
 def test_published_constants() -> None:
@@ -35,6 +38,46 @@ def test_cosine_follows_its_defining_curve() -> None:
     t = np.arange(1, 100) / 100
     f = np.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2 / np.cos(0.008 / 1.008 * math.pi / 2) ** 2
     assert np.cumprod(1 - cosine_betas(100))[:99] == pytest.approx(f, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("start", "end", "tau"), [(-3.0, 3.0, 1.0), (-3.0, 3.0, 0.5), (0.0, 3.0, 0.3), (-1.0, 2.0, 1.1)]
+)
+def test_sigmoid_follows_its_defining_curve(start: float, end: float, tau: float) -> None:
+    """Chen 2023, algorithm 1, by scipy's sigmoid; the last step alone is bounded by its beta."""
+    t = np.arange(1, 101) / 100
+    v_start, v_end = expit(start / tau), expit(end / tau)
+    gamma = (v_end - expit((start + (end - start) * t) / tau)) / (v_end - v_start)
+    betas = sigmoid_betas(100, start=start, end=end, tau=tau)
+    found = np.cumprod(1 - betas)
+    assert found[:99] == pytest.approx(gamma[:99], rel=1e-9)
+    assert found[99] == pytest.approx(gamma[98] * 1e-3, rel=1e-9)
+    assert int((betas == 0.999).sum()) == 1
+    assert betas.min() > 0
+
+
+def test_sigmoid_by_hand() -> None:
+    """sigmoid(3) = 0.95257413 and sigmoid(-1.5) = 0.18242552; the curve is symmetric about its middle."""
+    first = (0.9525741268 - 0.1824255238) / (2 * 0.9525741268 - 1)
+    found = np.cumprod(1 - sigmoid_betas(4))
+    assert found == pytest.approx([first, 0.5, 1 - first, (1 - first) / 1000], rel=1e-8)
+    config = DiffusionConfig(schedule="sigmoid", num_timesteps=100, sigmoid_tau=0.5)
+    assert np.array_equal(GaussianDiffusion.create(config).schedule.betas, sigmoid_betas(100, tau=0.5))
+
+
+@given(
+    num_timesteps=st.integers(2, 5000), start=st.floats(-10, 10), width=st.floats(0.01, 10), tau=st.floats(0.01, 100)
+)
+def test_every_sigmoid_that_is_accepted_is_a_process(
+    num_timesteps: int, start: float, width: float, tau: float
+) -> None:
+    tau = max(tau, max(abs(start), abs(start + width)) / (STEEPEST - 1e-9))
+    config = DiffusionConfig(
+        num_timesteps=num_timesteps, schedule="sigmoid", sigmoid_start=start, sigmoid_end=start + width, sigmoid_tau=tau
+    )
+    schedule = make_schedule.__wrapped__("sigmoid", num_timesteps, **config.schedule_shape)
+    assert float(schedule.betas.min()) > 0
+    assert all(bool(table.isfinite().all()) for table in vars(schedule).values() if isinstance(table, torch.Tensor))
 
 
 def test_tables_are_float64_and_built_once() -> None:

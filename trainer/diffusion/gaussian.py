@@ -48,8 +48,9 @@ class GaussianDiffusion:
         cls, config: DiffusionConfig, device: torch.device | str = "cpu", respacing: str | None = None
     ) -> GaussianDiffusion:
         """The process of a config; `respacing` picks a shorter one (see `space_timesteps`)."""
-        trained = make_schedule(config.schedule, config.num_timesteps, str(device))
-        schedule = make_schedule(config.schedule, config.num_timesteps, str(device), respacing)
+        name, num_timesteps, shape = config.schedule, config.num_timesteps, config.schedule_shape
+        trained = make_schedule(name, num_timesteps, str(device), **shape)
+        schedule = make_schedule(name, num_timesteps, str(device), respacing, **shape)
         schedule = trained if schedule.num_timesteps == trained.num_timesteps else schedule
         return cls(schedule, trained, config.prediction, config.variance, config.rescale_timesteps)
 

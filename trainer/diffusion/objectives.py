@@ -7,6 +7,9 @@ L_simple + weight * L_vlb; the weight goes by the names of the published code's 
 - `rescaled`: 1 / 1000, whatever T ("rescale_learned_sigmas" on: L_t is multiplied by T / 1000).
 - `unrescaled`: 1 / T ("rescale_learned_sigmas" off: L_t itself is added).
 
+With `loss_weight: min_snr` what is minimised in place of L_simple is min(SNR, gamma) times the squared error of x_0
+(Hang et al. 2023), whatever the network predicts and whichever error L_simple is.
+
 A classifier of noisy images is trained with the cross-entropy of the true class given x_t (Dhariwal & Nichol 2021,
 section 4 and appendix H).
 """
@@ -15,6 +18,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -28,7 +32,7 @@ TOP = 5  # classes: "top 5" is asked where there are as many
 class Losses:
     """Per image, each [B]: what is minimised, and the figures that are shown of it, by name.
 
-    - mse: L_simple, a mean over dimensions.
+    - mse: L_simple without its weight, a mean over dimensions.
     - vb: T times the bound's term at t, an unbiased estimate of L_vlb in bits/dim under uniform t.
     - cross_entropy, of a classifier, in nats; accuracy and top5: 1 where the class is the first guess, among five.
     """
@@ -59,6 +63,8 @@ def training_losses(
     - simple: the squared error.
     - vlb: T * L_t in bits/dim.
     - hybrid: simple + vlb_factor * vlb, where the vlb term trains the variance alone (its mean is detached).
+
+    A `loss_weight` multiplies the squared error in both.
     """
     prediction = diffusion.predict(output, x_t, t, clip=False)
     if config.objective == "vlb":
@@ -69,10 +75,11 @@ def training_losses(
         target, x0, noise, x_t, t
     )
     mse = error.square().flatten(1).mean(dim=1)
+    weighted = mse if config.loss_weight == "none" else mse * min_snr_weight(diffusion, config, t).to(mse.dtype)
     if config.objective == "simple":
-        return Losses(mse, {"mse": mse})
+        return Losses(weighted, {"mse": mse})
     vb = diffusion.vb_terms(_detach_mean(prediction), x0, x_t, t) * diffusion.num_timesteps
-    return Losses(mse + config.vlb_factor * vb, {"mse": mse, "vb": vb})
+    return Losses(weighted + config.vlb_factor * vb, {"mse": mse, "vb": vb})
 
 
 def classification_losses(logits: Tensor, labels: Tensor) -> Losses:
@@ -84,6 +91,24 @@ def classification_losses(logits: Tensor, labels: Tensor) -> Losses:
     if logits.shape[1] >= TOP:
         parts["top5"] = (before < TOP).float()
     return Losses(cross_entropy, parts)
+
+
+def min_snr_weight(diffusion: GaussianDiffusion, config: DiffusionConfig, t: Tensor) -> Tensor:
+    """What makes an error of L_simple min(SNR, gamma) times that of x_0, where SNR = ᾱ / (1 - ᾱ): [B] float64.
+
+    Each error of L_simple is that of x_0 times a factor of t alone, which is divided out (Hang et al. 2023):
+    SNR of the eps-loss, SNR + 1 of the v-loss, and of the mean of x_{t-1} the square of x_0's share in it.
+    """
+    s = diffusion.schedule
+    snr = s.alphas_cumprod[t] / (1 - s.alphas_cumprod[t])
+    target = config.mse_target or config.prediction
+    if target == "eps":
+        on_x0 = snr
+    elif target == "v":
+        on_x0 = snr + 1
+    else:
+        on_x0 = torch.ones_like(snr) if target == "x0" else s.posterior_mean_x0[t].square()
+    return snr.clamp(max=config.min_snr_gamma) / on_x0
 
 
 def _detach_mean(prediction: Prediction) -> Prediction:

@@ -7,6 +7,7 @@ steps lose their low digits in float32. Values are cast to the images' type only
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any
@@ -46,7 +47,28 @@ def cosine_betas(num_timesteps: int, offset: float = 0.008) -> NDArray[np.float6
     return betas
 
 
-BETAS = {"linear": linear_betas, "cosine": cosine_betas}
+def sigmoid_betas(
+    num_timesteps: int, *, start: float = -3.0, end: float = 3.0, tau: float = 1.0
+) -> NDArray[np.float64]:  # fmt: skip
+    """Betas whose alphas_cumprod follow the falling sigmoid of (start + (end - start) t/T) / tau, from 1 to 0: [T].
+
+    Jabri et al. 2022 and Chen 2023 (algorithm 1), who bound alphas_cumprod by 1e-9 from below; here MAX_BETA bounds its
+    last step, which leaves a thousandth of the one before.
+    """
+
+    def falling(t: float) -> float:
+        return 1 / (1 + math.exp((start + (end - start) * t) / tau))
+
+    first, last = falling(0), falling(1)
+    curve = np.array([falling(t / num_timesteps) for t in range(num_timesteps + 1)])
+    alphas_cumprod = (curve - last) / (first - last)
+    betas: NDArray[np.float64] = np.minimum(1 - alphas_cumprod[1:] / alphas_cumprod[:-1], MAX_BETA)
+    return betas
+
+
+BETAS: dict[str, Callable[..., NDArray[np.float64]]] = {
+    "linear": linear_betas, "cosine": cosine_betas, "sigmoid": sigmoid_betas,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -82,13 +104,15 @@ class Schedule:
 
 
 @lru_cache(maxsize=32)
-def make_schedule(name: str, num_timesteps: int, device: str = "cpu", respacing: str | None = None) -> Schedule:
+def make_schedule(
+    name: str, num_timesteps: int, device: str = "cpu", respacing: str | None = None, **shape: float
+) -> Schedule:  # fmt: skip
     """The named schedule of T steps; with `respacing`, the shorter process that visits only some of them (eq. 19).
 
-    Cached, so that tables are built and uploaded once per device. Raises ConfigError where the schedule or the
-    respacing does not fit T.
+    `shape` are the schedule's own parameters. Cached, so that tables are built and uploaded once per device. Raises
+    ConfigError where the schedule or the respacing does not fit T.
     """
-    betas = BETAS[name](num_timesteps)
+    betas = BETAS[name](num_timesteps, **shape)
     timestep_map = np.arange(num_timesteps)
     if respacing is not None:
         timestep_map = np.array(space_timesteps(num_timesteps, respacing))

@@ -221,6 +221,8 @@ def _inexpressible(config: RunConfig) -> Iterator[str]:
         yield "model.null_class=true: it has no class for dropped labels"
     if model.num_classes not in (0, NUM_CLASSES):
         yield f"model.num_classes={model.num_classes}: its class-conditional networks have {NUM_CLASSES} classes"
+    if diffusion.schedule == "sigmoid":
+        yield "diffusion.schedule=sigmoid: its schedules are linear and cosine"
     if diffusion.prediction not in ("eps", "x0"):
         yield f"diffusion.prediction={diffusion.prediction}: its networks predict eps or x0"
     if diffusion.variance == "learned":
@@ -236,3 +238,5 @@ def _training_only(config: RunConfig) -> Iterator[str]:
         yield f"training only: no flag for diffusion.vlb_weight={diffusion.vlb_weight}; it knows 1/1000 and 1/T"
     if diffusion.mse_target not in (None, diffusion.prediction):
         yield f"training only: no flag for diffusion.mse_target={diffusion.mse_target}"
+    if diffusion.loss_weight != "none":
+        yield f"training only: no flag for diffusion.loss_weight={diffusion.loss_weight}"
