@@ -29,7 +29,9 @@ from data_pipeline.files import write_json
 from trainer.diffusion.gaussian import Denoiser, GaussianDiffusion
 from trainer.diffusion.likelihoods import HALF_BIN, LAST_BIN, discretized_log_likelihood
 from trainer.diffusion.objectives import training_losses
-from trainer.diffusion.samplers import ancestral, ddim
+from trainer.diffusion.predictor import Predictor
+from trainer.diffusion.samplers import SAMPLERS
+from trainer.diffusion.thresholding import static
 from trainer.diffusion_config import DiffusionConfig, Variance
 from trainer.interop.improved_diffusion import pairs
 from trainer.model_config import UNetConfig
@@ -63,7 +65,7 @@ NETWORKS = {
         image_size=64, channels=32, channel_mult=(1, 1, 2, 2), num_res_blocks=1, num_classes=5, low_res_size=16
     ),
 }  # fmt: skip
-SAMPLERS: dict[str, float | None] = {"ancestral": None, "ddim, eta 0": 0.0, "ddim, eta 0.5": 0.5, "ddim, eta 1": 1.0}
+LOOPS: dict[str, float | None] = {"ancestral": None, "ddim, eta 0": 0.0, "ddim, eta 0.5": 0.5, "ddim, eta 1": 1.0}
 SPREAD = 0.5  # standard deviation of the pixels that `ideal_denoiser` knows
 MAX_LOOP = 100  # steps of the sampling loops without a network
 
@@ -244,7 +246,7 @@ def with_variance(process: GaussianDiffusion, value: Tensor, t: Tensor, around: 
 
 
 def our_reading(process: GaussianDiffusion, clip: bool, x: Inputs) -> Quantities:
-    read = process.predict(x.output, x.x_t, x.t, clip=clip)
+    read = process.predict(x.output, x.x_t, x.t, threshold=static if clip else None)
     terms = process.vb_terms(read, x.x0, x.x_t, x.t)
     return named_reading(read.x0, read.mean, read.log_variance, process.num_timesteps, terms, process.prior_bits(x.x0))
 
@@ -341,16 +343,16 @@ def ideal_denoiser(whole: GaussianDiffusion) -> Denoiser:
 
 def our_loop(denoiser: Denoiser, process: GaussianDiffusion, name: str, inputs: LoopInputs) -> Quantities:
     noise = iter(inputs.noise).__next__
-    eta = SAMPLERS[name]
+    eta, predictor = LOOPS[name], Predictor(denoiser, process)
     if eta is None:
-        return {name: ancestral(denoiser, inputs.x, process, noise=noise)}
-    return {name: ddim(denoiser, inputs.x, process, noise=noise, eta=eta)}
+        return {name: SAMPLERS["ancestral"](predictor, inputs.x, noise=noise)}
+    return {name: SAMPLERS["ddim"](predictor, inputs.x, noise=noise, eta=eta)}
 
 
 def their_loop(denoiser: Denoiser, process: Any, name: str, inputs: LoopInputs) -> Quantities:
     """Their samplers draw from torch at every step: hand them ours."""
     settings: dict[str, Any] = {"shape": inputs.x.shape, "noise": inputs.x, "device": "cpu"}
-    eta = SAMPLERS[name]
+    eta = LOOPS[name]
     with torch.no_grad(), mock.patch.object(torch, "randn_like", side_effect=list(inputs.noise)):
         if eta is None:
             return {name: process.p_sample_loop(denoiser, **settings)}
@@ -367,7 +369,7 @@ def compare_loops(table: Table, case: Case) -> None:
     """Whole sampling loops through the ideal denoiser."""
     ours, theirs = case.ours(), case.theirs(table.reference)
     denoiser, single = ideal_denoiser(case._replace(respacing=None).ours()), loop_inputs(ours, image_size=8)
-    for name in SAMPLERS:
+    for name in LOOPS:
         loops = partial(our_loop, denoiser, ours, name), partial(their_loop, denoiser, theirs, name)
         table.compare(*loops, cast(single, torch.float64), single)
 
@@ -414,7 +416,7 @@ def compare_network_loops(table: Table, path: Path) -> None:
     for respacing in ("50", "ddim25", "10,5,5"):
         case = Case("cosine", 1000, respacing, "eps", "learned_range")
         process, inputs = case.ours(), loop_inputs(case.ours(), SMALL.image_size)
-        for name in SAMPLERS:
+        for name in LOOPS:
             own = our_loop(ours, process, name, inputs)[name]
             their = their_loop(theirs, case.theirs(table.reference), name, inputs)[name]
             table.row(f"{name}: samples of CIFAR-10, C=32", "float32").note(apart=relative(own, their))
@@ -439,7 +441,7 @@ def main() -> int:
     for name, model in NETWORKS.items():
         compare_networks(table, name, model, options.peer_path)
     compare_network_loops(table, options.peer_path)
-    print(f"{len(todo)} processes and readings, {num_losses} losses, {len(loops) * len(SAMPLERS)} sampling loops")
+    print(f"{len(todo)} processes and readings, {num_losses} losses, {len(loops) * len(LOOPS)} sampling loops")
     print("\n".join([HEADER, *map(str, table.rows.values())]))
     if options.json is not None:
         write_json(options.json, {"rows": [asdict(row) for row in table.rows.values()]})

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -12,11 +12,19 @@ from data_pipeline.errors import UserError
 from trainer.config import RunConfig
 from trainer.diffusion.gaussian import Denoiser, GaussianDiffusion
 from trainer.diffusion.guidance import NULL_LABEL, guided, num_calls_a_step
+from trainer.diffusion.predictor import Predictor
 from trainer.diffusion.respacing import space_timesteps
-from trainer.diffusion.samplers import SAMPLERS, Progress, no_progress, to_uint8
+from trainer.diffusion.samplers import SAMPLERS, to_uint8
+from trainer.diffusion_config import DiffusionConfig
 from trainer.models import IMAGE_CHANNELS
 from trainer.sample_noise import SampleNoise
 from trainer.sampling_config import SamplingConfig
+
+Progress = Callable[[], object]  # called after every network call
+
+
+def no_progress() -> None:
+    """For whoever does not watch."""
 
 
 @dataclass(frozen=True)
@@ -29,9 +37,14 @@ class Stage:
 
     @property
     def num_calls(self) -> int:
-        """Network calls a sample: one a step, two where it is guided."""
-        steps = space_timesteps(self.config.diffusion.num_timesteps, self.sampling.respacing)
-        return len(steps) * num_calls_a_step(self.sampling.guidance)
+        """Network calls a sample."""
+        return num_calls(self.config.diffusion, self.sampling)
+
+
+def num_calls(diffusion: DiffusionConfig, sampling: SamplingConfig) -> int:
+    """Network calls a sample: those of the sampler, each of them two where it is guided."""
+    num_steps = len(space_timesteps(diffusion.num_timesteps, sampling.respacing))
+    return SAMPLERS[sampling.sampler].num_calls(num_steps) * num_calls_a_step(sampling.guidance)
 
 
 def conditioned(network: nn.Module, labels: Tensor | None = None, low_res: Tensor | None = None) -> Denoiser:
@@ -64,7 +77,7 @@ def sample(
         labels: [n] classes, -1 for none; by default sample i has class i modulo the number of classes.
         low_res: [n, C, h, w] in [-1, 1], what a super-resolution network is to enlarge.
         stage_number: place in a cascade; each has noise of its own.
-        progress: called for every network call, after its step.
+        progress: called for every network call, after it.
 
     Raises UserError for classes that the network does not know, and for guidance that it cannot be given.
     """
@@ -72,15 +85,10 @@ def sample(
     diffusion = GaussianDiffusion.create(config.diffusion, device, stage.sampling.respacing)
     noise = SampleNoise(seeds, (IMAGE_CHANNELS, size, size), seed=seed, stage=stage_number, device=device)
     denoiser = _denoiser(stage, _classes(stage, seeds, labels), low_res, device)
-    options = {"eta": stage.sampling.eta} if stage.sampling.sampler == "ddim" else {}
+    watched = _watched(denoiser, num_calls_a_step(stage.sampling.guidance), progress)
     sampler = SAMPLERS[stage.sampling.sampler]
-
-    def step_done() -> None:
-        for _ in range(num_calls_a_step(stage.sampling.guidance)):
-            progress()
-
-    images = sampler(denoiser, noise(), diffusion, noise=noise, progress=step_done, **options)
-    return to_uint8(images).cpu()
+    options = {name: getattr(stage.sampling, name) for name in sampler.options}
+    return to_uint8(sampler(Predictor(watched, diffusion), noise(), noise=noise, **options)).cpu()
 
 
 def sample_cascade(
@@ -165,6 +173,18 @@ def _denoiser(
     labels = torch.tensor(classes, device=device)
     learns_variance = stage.config.diffusion.learns_variance
     return guided(stage.network, labels, low_res, scale=stage.sampling.guidance, learns_variance=learns_variance)
+
+
+def _watched(denoiser: Denoiser, num_calls: int, progress: Progress) -> Denoiser:
+    """The denoiser, telling of each of its network calls."""
+
+    def denoise(x: Tensor, time: Tensor) -> Tensor:
+        output = denoiser(x, time)
+        for _ in range(num_calls):
+            progress()
+        return output
+
+    return denoise
 
 
 def _classes(stage: Stage, seeds: Sequence[int], labels: Sequence[int] | None) -> Sequence[int] | None:

@@ -8,11 +8,10 @@ from dataclasses import dataclass
 from cluster.definition.shapes import eval_shape, trial_shapes
 from cluster.definition.spec import StudyConfig
 from cluster.definition.trials import Trial
-from trainer.diffusion.guidance import num_calls_a_step
-from trainer.diffusion.respacing import space_timesteps
 from trainer.memory import Memory, memory_of
 from trainer.milestones import Milestones
 from trainer.plan import Disk, disk_of
+from trainer.sampling import num_calls
 
 
 @dataclass(frozen=True)
@@ -58,8 +57,7 @@ def evaluation_flops(study: StudyConfig, trial: Trial, *, last: bool) -> list[fl
         by_split = {"test": nll.num_calls, "train": nll.train_num_calls or nll.num_calls}
         calls += [by_split[split] for split in nll.splits]
     if distance is not None and (last or distance.points == "all"):
-        num_steps = len(space_timesteps(trial.config.diffusion.num_timesteps, distance.respacing))
-        calls.append(distance.repeats * distance.num_samples * num_steps * num_calls_a_step(distance.guidance))
+        calls.append(distance.repeats * distance.num_samples * num_calls(trial.config.diffusion, distance))
     return [num * trial.cost.forward_flops for num in calls]
 
 

@@ -20,6 +20,7 @@ from data_pipeline.dataset import ShardDataset
 from evaluation.chunks import Advance, Arrays, Chunks, concatenated, cut
 from evaluation.nll.plan import Plan
 from trainer.diffusion.gaussian import Denoiser, GaussianDiffusion
+from trainer.diffusion.thresholding import static
 from trainer.exits import DivergedError
 
 # Labels [n] of the dataset's samples -> the denoiser that knows them (unconditional nets ignore them).
@@ -98,7 +99,7 @@ class NetworkTerms:
         t = torch.from_numpy(plan.t).to(self.device)
         x_t = self.diffusion.q_sample(x0, t, noise)
         output = self.condition(labels[which])(x_t, self.diffusion.network_time(t)).float()
-        prediction = self.diffusion.predict(output, x_t, t, clip=self.clip_denoised)
+        prediction = self.diffusion.predict(output, x_t, t, threshold=static if self.clip_denoised else None)
         terms = {
             "bits": self.diffusion.vb_terms(prediction, x0, x_t, t),
             "prior": prior,

@@ -32,6 +32,7 @@ from evaluation.results import artifacts_of, chunks_of, key_of, result_path, wri
 from evaluation.subject import identity_in_manifest, open_subject, weights_identity
 from evaluation.table import records_in
 from trainer.checkpoint import verify
+from trainer.diffusion.thresholding import static
 from trainer.export import Export, open_export
 from trainer.sampling_config import SamplingConfig
 from trainer.tracking.records import read_eval_records, read_result
@@ -290,7 +291,7 @@ def test_an_ensembles_bound_is_made_of_both(tiny_config: Path, generated_data: P
             t = torch.full((2,), step)
             x_t = process.q_sample(x0, t, noise)
             output = subject.condition(np.zeros(2, dtype=np.int64))(x_t, process.network_time(t))
-            found.append(process.vb_terms(process.predict(output, x_t, t, clip=True), x0, x_t, t).numpy())
+            found.append(process.vb_terms(process.predict(output, x_t, t, threshold=static), x0, x_t, t).numpy())
         return np.stack(found)  # [2 timesteps, 2 images]
 
     with torch.no_grad():

@@ -27,6 +27,7 @@ from evaluation.nll.settings import Mode, NllSettings
 from evaluation.nll.summary import sampled_mean
 from evaluation.nll.sweep import Sweep
 from trainer.diffusion.gaussian import GaussianDiffusion
+from trainer.diffusion.thresholding import static
 
 STEPS = 24
 
@@ -134,7 +135,7 @@ def terms_of(
     x0, noise, t = torch.from_numpy(images).float() / 127.5 - 1, torch.from_numpy(noises), torch.from_numpy(steps)
     x_t = process.q_sample(x0, t, noise)
     output = gaussian_denoiser(process)(labels)(x_t, process.network_time(t))
-    prediction = process.predict(output, x_t, t, clip=True)
+    prediction = process.predict(output, x_t, t, threshold=static)
     return {
         "bits": process.vb_terms(prediction, x0, x_t, t),
         "prior": process.prior_bits(x0),

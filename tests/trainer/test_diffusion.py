@@ -14,6 +14,7 @@ from torch import Tensor
 
 from trainer.diffusion.gaussian import GaussianDiffusion
 from trainer.diffusion.likelihoods import discretized_log_likelihood, normal_kl
+from trainer.diffusion.thresholding import static
 from trainer.diffusion_config import DiffusionConfig, Quantity
 
 FIXED = DiffusionConfig(num_timesteps=200, variance="fixed_small", objective="simple", rescale_timesteps=False)
@@ -74,7 +75,7 @@ def test_all_parameterisations_mean_the_same(kind: Quantity) -> None:
     process, t = GaussianDiffusion.create(config), torch.tensor([0, 3, 100, 199])
     x0, noise, x_t = noised(process, t)
     for clip in (False, True):  # the true x_0 is within bounds
-        found = process.predict(process.quantity(kind, x0, noise, x_t, t), x_t, t, clip=clip)
+        found = process.predict(process.quantity(kind, x0, noise, x_t, t), x_t, t, threshold=static if clip else None)
         torch.testing.assert_close(found.mean, process.q_posterior(x0, x_t, t)[0], rtol=0, atol=1e-11)
         torch.testing.assert_close(found.x0, x0, rtol=0, atol=1e-10)
         torch.testing.assert_close(found.eps, noise, rtol=0, atol=1e-10)
@@ -96,8 +97,8 @@ def test_clipping_bounds_x0_and_keeps_eps_consistent(kind: Quantity) -> None:
     process, t = GaussianDiffusion.create(config), torch.tensor([5, 150])
     x0, noise, x_t = noised(process, t)
     output = process.quantity(kind, 3 * x0, noise, x_t, t)
-    found = process.predict(output, x_t, t, clip=True)
-    bounded = process.predict(output, x_t, t, clip=False).x0.clamp(-1, 1)
+    found = process.predict(output, x_t, t, threshold=static)
+    bounded = process.predict(output, x_t, t, threshold=None).x0.clamp(-1, 1)
     torch.testing.assert_close(found.x0, bounded)
     alpha, sigma = process.signal_and_noise(t, x_t)
     torch.testing.assert_close(alpha * found.x0 + sigma * found.eps, x_t)
@@ -110,7 +111,7 @@ def test_the_output_is_read_in_the_images_type(variance: Any) -> None:
     process, t = GaussianDiffusion.create(DiffusionConfig(num_timesteps=100, variance=variance)), torch.tensor([5, 50])
     x_t, output = torch.randn(2, 3, 4, 4), torch.randn(2, 6, 4, 4)
     for images, said in ((torch.float32, torch.bfloat16), (torch.float64, torch.float32)):
-        found = process.predict(output.to(said), x_t.to(images), t, clip=True)
+        found = process.predict(output.to(said), x_t.to(images), t, threshold=static)
         assert {tensor.dtype for tensor in vars(found).values()} == {images}
 
 
@@ -120,7 +121,7 @@ def test_variances() -> None:
     def log_variance(variance: Any, second: float | None = None) -> Tensor:
         config = DiffusionConfig(num_timesteps=100, variance=variance, objective="simple" if second is None else "vlb")
         output = x if second is None else torch.cat([x, torch.full_like(x, second)], dim=1)
-        found = GaussianDiffusion.create(config).predict(output, x, t, clip=False).log_variance
+        found = GaussianDiffusion.create(config).predict(output, x, t, threshold=None).log_variance
         assert found.shape == x.shape
         return found[:, 0, 0, 0]
 
@@ -207,7 +208,7 @@ def bound_of_gaussian_data(process: GaussianDiffusion, second: Tensor | None) ->
         output = exact_output(process, process.prediction, x_t, t)
         if second is not None:
             output = torch.cat([output, second[step].expand_as(x_t)], dim=1)
-        prediction = process.predict(output, x_t, t, clip=False)
+        prediction = process.predict(output, x_t, t, threshold=None)
         term = float(process.vb_terms(prediction, x0, x_t, t).mean())
         apart = process.decoder_bits(prediction, x0) if step == 0 else process.kl_bits(prediction, x0, x_t, t)
         assert term == pytest.approx(float(apart.mean()), rel=1e-12)

@@ -7,6 +7,7 @@ import torch
 
 from trainer.diffusion.gaussian import GaussianDiffusion
 from trainer.diffusion.interpolation import lerp, slerp
+from trainer.diffusion.thresholding import static
 from trainer.diffusion_config import DiffusionConfig
 
 WEIGHTS = torch.linspace(0, 1, 5, dtype=torch.float64)
@@ -56,8 +57,8 @@ def test_the_first_steps_of_a_process_are_a_process(respacing: str | None) -> No
     assert torch.equal(x_t, whole.q_sample(x0, t, noise))
     output = torch.randn(7, 6, 4, 4)
     for found, expected in zip(
-        vars(first.predict(output, x_t, t, clip=True)).values(),
-        vars(whole.predict(output, x_t, t, clip=True)).values(),
+        vars(first.predict(output, x_t, t, threshold=static)).values(),
+        vars(whole.predict(output, x_t, t, threshold=static)).values(),
         strict=True,
     ):
         assert torch.equal(found, expected)

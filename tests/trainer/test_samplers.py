@@ -16,7 +16,8 @@ from torch import Tensor
 from data_pipeline.errors import UserError
 from trainer.config import load_config
 from trainer.diffusion.gaussian import GaussianDiffusion
-from trainer.diffusion.samplers import SAMPLERS, ddim, to_uint8
+from trainer.diffusion.predictor import Predictor
+from trainer.diffusion.samplers import SAMPLERS, to_uint8
 from trainer.diffusion_config import DiffusionConfig
 from trainer.sample_noise import SampleNoise
 from trainer.sampling import check_cascade, sample, sample_cascade
@@ -30,7 +31,7 @@ def test_samplers_reach_the_moments_of_gaussian_data(name: str, eta: float | Non
     process = GaussianDiffusion.create(FIXED, "cpu", respacing)
     noise = SampleNoise(range(64), (3, 16, 16))
     options = {} if eta is None else {"eta": eta}
-    samples = SAMPLERS[name](exact_denoiser(FIXED), noise(), process, noise=noise, clip=False, **options)
+    samples = SAMPLERS[name](Predictor(exact_denoiser(FIXED), process, None), noise(), noise=noise, **options)
     mean, std = sampled_moments(process, eta)
     error = std / math.sqrt(samples.numel())
     assert float(samples.mean()) == pytest.approx(mean, abs=4 * error)
@@ -53,7 +54,8 @@ def double_samples(config: DiffusionConfig, name: str, respacing: str, **options
     """Four samples of the perfect network in float64, from the same x_T and noise whatever the config."""
     noise = SampleNoise(range(4), (3, 4, 4))
     process = GaussianDiffusion.create(config, "cpu", respacing)
-    return SAMPLERS[name](exact_denoiser(config), noise().double(), process, noise=noise, clip=False, **options)
+    predictor = Predictor(exact_denoiser(config), process, threshold=None)
+    return SAMPLERS[name](predictor, noise().double(), noise=noise, **options)
 
 
 @pytest.mark.parametrize("respacing", ["200", "20", "ddim50", "quadratic30"])
@@ -85,7 +87,7 @@ def test_deterministic_ddim_draws_nothing() -> None:
     def nothing() -> Tensor:
         raise AssertionError("noise was drawn")
 
-    ddim(exact_denoiser(FIXED), torch.zeros(2, 3, 4, 4), process, noise=nothing)
+    SAMPLERS["ddim"](Predictor(exact_denoiser(FIXED), process), torch.zeros(2, 3, 4, 4), noise=nothing)
 
 
 # ---- noise ------------------------------------------------------------------------------------------------------

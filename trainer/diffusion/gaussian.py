@@ -17,6 +17,7 @@ from torch import Tensor
 
 from trainer.diffusion.likelihoods import discretized_log_likelihood, mean_bits, normal_kl
 from trainer.diffusion.schedules import Schedule, make_schedule
+from trainer.diffusion.thresholding import Threshold
 from trainer.diffusion_config import LEARNED, DiffusionConfig, Quantity, Variance
 
 # A denoiser: (x_t [B, C, H, W], network time [B]) -> the network's output [B, C or 2C, H, W].
@@ -121,17 +122,17 @@ class GaussianDiffusion:
         own, step = self.trained, self.schedule.timestep_map[t]
         return own.gather(own.posterior_mean_x0, step, like), own.gather(own.posterior_mean_xt, step, like)
 
-    def predict(self, output: Tensor, x_t: Tensor, t: Tensor, *, clip: bool) -> Prediction:
+    def predict(self, output: Tensor, x_t: Tensor, t: Tensor, *, threshold: Threshold | None) -> Prediction:
         """Read the network's output: the predicted quantity and, where learned, the variance, side by side.
 
-        `clip` bounds the implied x_0 to [-1, 1] (evaluation and sampling; training uses the bare one), and with it
+        `threshold` bounds the implied x_0 (evaluation and sampling; None, as in training, leaves it bare), and with it
         eps and the mean. A mean that the network itself predicts stays as it is, unless the process is respaced.
         """
         output = output.to(x_t.dtype)
         value, raw_variance = output.chunk(2, dim=1) if self.variance in LEARNED else (output, None)
         x0, eps = self.x0_and_eps(self.prediction, value, x_t, t)
-        if clip:
-            x0 = x0.clamp(-1, 1)
+        if threshold is not None:
+            x0 = threshold(x0)
             eps = self.x0_and_eps("x0", x0, x_t, t)[1]
         said = self.prediction == "previous_mean" and self.schedule is self.trained
         mean = value if said else self.q_posterior(x0, x_t, t)[0]

@@ -66,7 +66,7 @@ def training_losses(
 
     A `loss_weight` multiplies the squared error in both.
     """
-    prediction = diffusion.predict(output, x_t, t, clip=False)
+    prediction = diffusion.predict(output, x_t, t, threshold=None)
     if config.objective == "vlb":
         vb = diffusion.vb_terms(prediction, x0, x_t, t) * diffusion.num_timesteps
         return Losses(vb, {"vb": vb})

@@ -7,9 +7,10 @@ steps lose their low digits in float32. Values are cast to the images' type only
 from __future__ import annotations
 
 import math
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
@@ -72,6 +73,24 @@ BETAS: dict[str, Callable[..., NDArray[np.float64]]] = {
 
 
 @dataclass(frozen=True)
+class Level:
+    """How noisy x is at a step: x = alpha * x_0 + sigma * eps."""
+
+    alpha_cumprod: float  # alpha²
+
+    @property
+    def alpha(self) -> float:
+        return math.sqrt(self.alpha_cumprod)
+
+    @property
+    def sigma(self) -> float:
+        return math.sqrt(1 - self.alpha_cumprod)
+
+
+IMAGE = Level(1.0)  # no noise is left
+
+
+@dataclass(frozen=True)
 class Schedule:
     """The tables of one process, each [T] in float64 on one device; index t = 0 is the least noisy step."""
 
@@ -96,6 +115,32 @@ class Schedule:
         """The tables of its first, least noisy steps alone: they are a process of their own."""
         tables: dict[str, Any] = {n: t[:num_steps] for n, t in vars(self).items() if isinstance(t, Tensor)}
         return replace(self, **tables)
+
+    def level(self, step: int) -> Level:
+        """The level of a step, in numbers of the host; of the image itself for -1."""
+        return self._levels[step] if step >= 0 else IMAGE
+
+    @cached_property
+    def _levels(self) -> list[Level]:
+        """Read from the device once: samplers ask at every step, and must not wait for it."""
+        return [Level(alpha_cumprod) for alpha_cumprod in self.alphas_cumprod.tolist()]
+
+    def last_step(self, stop: int) -> int:
+        """The step whose level is the lowest at or above `stop`, a step of the original process; -1 for 0: the image.
+
+        Raises ConfigError for one above all steps.
+        """
+        if stop == 0:
+            return -1
+        steps = self._timestep_map
+        if not 0 < stop <= steps[-1]:
+            raise ConfigError(f"stop={stop}: the last visited step is {steps[-1]}; use 0 (the image) to {steps[-1]}.")
+        return bisect_left(steps, stop)
+
+    @cached_property
+    def _timestep_map(self) -> list[int]:
+        steps: list[int] = self.timestep_map.tolist()
+        return steps
 
     @staticmethod
     def gather(table: Tensor, t: Tensor, like: Tensor) -> Tensor:
