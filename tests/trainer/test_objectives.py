@@ -140,7 +140,7 @@ def test_min_snr_is_a_weight_of_the_x0_error_whatever_is_predicted(
     t = torch.tensor([0, 2, 50, 90, 99])
     losses, output, batch = losses_of(config, t)
     process = GaussianDiffusion.create(config)
-    error = process.predict(output, batch["x_t"], t, clip=False).x0 - batch["x0"]
+    error = process.predict(output, batch["x_t"], t, threshold=None).x0 - batch["x0"]
     kept = [float((1 - process.schedule.betas[: step + 1]).prod()) for step in t.tolist()]
     weights = torch.tensor([min(2.0, share / (1 - share)) for share in kept], dtype=torch.float64)
     assert (weights == 2.0).tolist() == [True, True, False, False, False]
