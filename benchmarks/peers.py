@@ -31,7 +31,7 @@ class DiffusersUNet(nn.Module):
                 f"the peer needs diffusers, which cannot be imported ({error}); "
                 f"install it with: {INSTALL_DIFFUSERS}, or leave it out: --peers none"
             ) from error
-        widths = [config.channels * mult for mult in config.channel_mult]
+        widths = config.widths
         attends = [config.image_size // 2**level in config.attention_resolutions for level in range(len(widths))]
         self.unet = UNet2DModel(
             sample_size=config.image_size,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import AfterValidator, Discriminator, Field, PlainSerializer, Tag, model_validator
 
 from trainer.section import Section
 
@@ -35,25 +35,42 @@ class ModelConfig(Section):
         return self.num_classes > 0
 
 
+# A level's width in units of C: a whole number, or such as 0.5. Kept, and written, as an int where it is whole.
+WidthMultiplier = Annotated[
+    float, Field(gt=0), AfterValidator(lambda m: int(m) if m.is_integer() else m), PlainSerializer(lambda m: m)
+]
+
+
 class EncoderConfig(ModelConfig):
-    """The levels of a UNet's encoder (Nichol & Dhariwal 2021, section 3 and appendix A)."""
+    """The levels of a UNet's encoder (Nichol & Dhariwal 2021, section 3 and appendix A).
+
+    The last four keys are what ADM changed or tried (Dhariwal & Nichol 2021, section 3).
+    """
 
     channels: int = Field(ge=4, description="width C of the first level")
-    channel_mult: tuple[int, ...] = Field(min_length=1)  # width of each level, in units of C
+    channel_mult: tuple[WidthMultiplier, ...] = Field(min_length=1)  # width of each level, in units of C
     num_res_blocks: int = Field(ge=1)  # per encoder level; the decoder has one more
     attention_resolutions: tuple[int, ...] = (16, 8)  # feature map sizes with self-attention
     num_heads: int = Field(4, ge=1)
     use_scale_shift_norm: bool = True  # time enters as GroupNorm(h) * (1 + scale) + shift
+    num_head_channels: int | None = Field(None, ge=1)  # width of a head; replaces num_heads
+    attention_order: Literal["heads_first", "qkv_first"] = "heads_first"  # of what qkv puts out, channel by channel
+    resblock_updown: bool = False  # residual blocks halve and double feature maps, instead of single convolutions
+    rescale_residuals: bool = False  # x + h of every block is divided by sqrt(2)
 
     @property
     def widths(self) -> tuple[int, ...]:
         """Channels of each level."""
-        return tuple(mult * self.channels for mult in self.channel_mult)
+        return tuple(int(mult * self.channels) for mult in self.channel_mult)
 
     @property
     def sizes(self) -> tuple[int, ...]:
         """Height and width of each level's feature maps."""
         return tuple(self.image_size // 2**level for level in range(len(self.channel_mult)))
+
+    def heads_of(self, width: int) -> int:
+        """Attention heads of a block of so many channels."""
+        return self.num_heads if self.num_head_channels is None else width // self.num_head_channels
 
     @model_validator(mode="after")
     def _shapes_fit(self) -> EncoderConfig:
@@ -63,24 +80,33 @@ class EncoderConfig(ModelConfig):
                 f"model.image_size={self.image_size} cannot be halved {len(self.channel_mult) - 1} times; "
                 f"with {len(self.channel_mult)} levels in model.channel_mult use a multiple of {factor}"
             )
-        for width, size in zip(self.widths, self.sizes, strict=True):
-            if size in self.attention_resolutions and width % self.num_heads:
+        for mult in self.channel_mult:
+            if mult * self.channels % 1:
                 raise ValueError(
-                    f"model.channels={self.channels}: the {size}x{size} level has {width} channels, which "
-                    f"model.num_heads={self.num_heads} does not divide; choose channels as a multiple of num_heads"
+                    f"model.channel_mult={list(self.channel_mult)}: {mult} x model.channels={self.channels} is no "
+                    "whole number; change the one or the other"
                 )
-        if self.widths[-1] % self.num_heads:
-            raise ValueError(
-                f"model.channels={self.channels}: the middle block has {self.widths[-1]} "
-                f"channels, which model.num_heads={self.num_heads} does not divide"
-            )
         if self.channels % 2:
             raise ValueError(f"model.channels={self.channels} must be even (sine and cosine halves of the embedding)")
         return self
 
+    @model_validator(mode="after")
+    def _heads_fit(self) -> EncoderConfig:
+        key = "num_heads" if self.num_head_channels is None else "num_head_channels"
+        divisor = getattr(self, key)
+        attending = [(w, f"the {s}x{s} level") for w, s in zip(self.widths, self.sizes, strict=True)
+                     if s in self.attention_resolutions]  # fmt: skip
+        for width, place in [*attending, (self.widths[-1], "the middle block")]:
+            if width % divisor:
+                raise ValueError(
+                    f"model.channels={self.channels}: {place} has {width} channels, which model.{key}={divisor} does "
+                    f"not divide; choose channels as a multiple of {key}"
+                )
+        return self
+
 
 class UNetConfig(EncoderConfig):
-    """The UNet of Improved DDPM; its decoder mirrors the encoder."""
+    """The UNet of Improved DDPM and ADM; its decoder mirrors the encoder."""
 
     name: Literal["unet"] = "unet"
 

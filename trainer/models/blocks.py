@@ -1,9 +1,14 @@
-"""Building blocks of the Improved DDPM UNet (Nichol & Dhariwal 2021, appendix A)."""
+"""Building blocks of the UNet of Improved DDPM (Nichol & Dhariwal 2021, appendix A) and of its successor ADM.
+
+ADM (Dhariwal & Nichol 2021, section 3) has residual blocks that halve or double their feature maps, as BigGAN's do,
+and heads of a fixed width instead of a fixed number.
+"""
 
 from __future__ import annotations
 
 import math
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Literal, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -75,14 +80,34 @@ def zeroed(module: ConvT) -> ConvT:
     return module
 
 
+Resize = Literal["down", "up"]
+RESIZE: dict[Resize | None, Callable[[], nn.Module]] = {
+    None: nn.Identity,
+    "down": lambda: nn.AvgPool2d(2),
+    "up": lambda: nn.Upsample(scale_factor=2.0, mode="nearest"),
+}
+
+
+def add_residual(x: Tensor, h: Tensor, *, rescale: bool) -> Tensor:
+    """x + h; `rescale`: divided by sqrt(2), so that the sum varies no more than its parts (Song et al. 2021)."""
+    return (x + h) * math.sqrt(0.5) if rescale else x + h
+
+
 class ResBlock(nn.Module):
-    """Two 3x3 convolutions with the time (and class) embedding between them, and a skip connection."""
+    """Two 3x3 convolutions with the time (and class) embedding between them, and a skip connection.
+
+    `resize`: halve or double height and width, before the first convolution and on the skip connection.
+    """
 
     def __init__(
-        self, in_channels: int, out_channels: int, *, emb_channels: int, dropout: float, use_scale_shift_norm: bool
-    ) -> None:
+        self, in_channels: int, out_channels: int, *,
+        emb_channels: int, dropout: float, use_scale_shift_norm: bool, rescale: bool = False,
+        resize: Resize | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.use_scale_shift_norm = use_scale_shift_norm
+        self.rescale = rescale
+        self.resize = RESIZE[resize]()
         self.norm1 = GroupNorm(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
         self.emb = nn.Linear(emb_channels, 2 * out_channels if use_scale_shift_norm else out_channels)
@@ -92,20 +117,29 @@ class ResBlock(nn.Module):
         self.skip = nn.Identity() if in_channels == out_channels else PointwiseConv(in_channels, out_channels)
 
     def forward(self, x: Tensor, emb: Tensor) -> Tensor:
-        """x [B, in, H, W], emb [B, emb_channels] (already through SiLU) -> [B, out, H, W]."""
-        h = self.conv1(F.silu(self.norm1(x)))
+        """x [B, in, H, W], emb [B, emb_channels] (already through SiLU) -> [B, out, H, W], resized if so asked."""
+        h = self.conv1(self.resize(F.silu(self.norm1(x))))
         emb = self.emb(emb)  # [B, out or 2 out]
         h = self.norm2(h, *emb.chunk(2, dim=1)) if self.use_scale_shift_norm else self.norm2(h + emb[:, :, None, None])
-        out: Tensor = self.skip(x) + self.conv2(self.dropout(F.silu(h)))
-        return out
+        h = self.conv2(self.dropout(F.silu(h)))
+        return add_residual(self.skip(self.resize(x)), h, rescale=self.rescale)
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over the positions of a feature map, as a residual."""
+    """Multi-head self-attention over the positions of a feature map, as a residual.
 
-    def __init__(self, channels: int, *, num_heads: int) -> None:
+    `order`: how the channels of `qkv` are divided, heads first and each into its q, k and v, or into q, k and v first
+    and each of them into heads.
+    """
+
+    def __init__(
+        self, channels: int, *,
+        num_heads: int, order: Literal["heads_first", "qkv_first"] = "heads_first", rescale: bool = False,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.num_heads = num_heads
+        self.order = order
+        self.rescale = rescale
         self.norm = GroupNorm(channels)
         self.qkv = PointwiseConv(channels, 3 * channels)
         self.proj = zeroed(PointwiseConv(channels, channels))
@@ -113,11 +147,11 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x [B, C, H, W] -> [B, C, H, W]."""
         batch, channels, height, width = x.shape
-        # Heads are the outer split and q, k, v the inner one: the reference's order, kept so that its weights fit.
-        qkv = self.qkv(self.norm(x)).reshape(batch, self.num_heads, 3, channels // self.num_heads, height * width)
-        h = attend(*qkv.unbind(dim=2))  # [B, heads, C / heads, H * W]
-        projected: Tensor = self.proj(h.reshape(x.shape))
-        return x + projected
+        heads_first = self.order == "heads_first"
+        parts = (self.num_heads, 3) if heads_first else (3, self.num_heads)
+        qkv = self.qkv(self.norm(x)).reshape(batch, *parts, channels // self.num_heads, height * width)
+        h = attend(*qkv.unbind(dim=2 if heads_first else 1))  # [B, heads, C / heads, H * W]
+        return add_residual(x, self.proj(h.reshape(x.shape)), rescale=self.rescale)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

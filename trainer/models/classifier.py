@@ -24,7 +24,8 @@ class Classifier(EncoderNetwork):
         channels = config.widths[-1]
         self.pool: nn.Module
         if config.pool == "attention":
-            self.pool = AttentionPool(channels, out_channels, size=config.sizes[-1], num_heads=config.num_heads)
+            num_heads = config.heads_of(channels)
+            self.pool = AttentionPool(channels, out_channels, size=config.sizes[-1], num_heads=num_heads)
         elif config.pool == "adaptive":
             self.pool = AdaptivePool(channels, out_channels)
         else:

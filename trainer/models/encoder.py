@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from trainer.model_config import EncoderConfig
-from trainer.models.blocks import Attention, Downsample, ResBlock, timestep_embedding
+from trainer.models.blocks import Attention, Downsample, ResBlock, Resize, Upsample, timestep_embedding
 
 
 class UNetBlock(nn.Module):
@@ -50,7 +50,7 @@ class EncoderNetwork(nn.Module):
         self.encoder = nn.ModuleList()
         for level, (width, size) in enumerate(zip(config.widths, config.sizes, strict=True)):
             if level > 0:
-                self.encoder.append(Downsample(channels))
+                self.encoder.append(self.resizing(channels, "down"))
                 self.skip_channels.append(channels)
             for _ in range(config.num_res_blocks):
                 self.encoder.append(self.block(channels, width, attention=size in config.attention_resolutions))
@@ -61,11 +61,25 @@ class EncoderNetwork(nn.Module):
     def block(self, in_channels: int, out_channels: int, *, attention: bool) -> UNetBlock:
         """A new block of the config's kind."""
         config = self.config
-        res = ResBlock(
-            in_channels, out_channels,
+        res = self._res_block(in_channels, out_channels)
+        if not attention:
+            return UNetBlock(res, None)
+        num_heads = config.heads_of(out_channels)
+        order, rescale = config.attention_order, config.rescale_residuals
+        return UNetBlock(res, Attention(out_channels, num_heads=num_heads, order=order, rescale=rescale))
+
+    def resizing(self, channels: int, resize: Resize) -> nn.Module:
+        """A new step between two levels, of the config's kind; `run_resizing` runs it."""
+        if self.config.resblock_updown:
+            return self._res_block(channels, channels, resize=resize)
+        return Downsample(channels) if resize == "down" else Upsample(channels)
+
+    def _res_block(self, in_channels: int, out_channels: int, *, resize: Resize | None = None) -> ResBlock:
+        config = self.config
+        return ResBlock(
+            in_channels, out_channels, resize=resize, rescale=config.rescale_residuals,
             emb_channels=self.emb_channels, dropout=config.dropout, use_scale_shift_norm=config.use_scale_shift_norm,
         )  # fmt: skip
-        return UNetBlock(res, Attention(out_channels, num_heads=config.num_heads) if attention else None)
 
     def embed(self, timesteps: Tensor, rows: Tensor | None = None) -> Tensor:
         """Timesteps [B] and rows [B] of the class embedding, where there is one -> [B, emb_channels], through SiLU."""
@@ -88,11 +102,18 @@ class EncoderNetwork(nn.Module):
         h = self.stem(x)
         skips = [h]
         for step in self.encoder:
-            h = self.run_block(step, emb, h) if isinstance(step, UNetBlock) else step(h)
+            h = self.run_block(step, emb, h) if isinstance(step, UNetBlock) else self.run_resizing(step, emb, h)
             skips.append(h)
         for step in self.middle:
             h = self.run_block(step, emb, h)
         return h, skips
+
+    def run_resizing(self, step: nn.Module, emb: Tensor, h: Tensor) -> Tensor:
+        """h [B, C, H, W] at half or twice the height and width."""
+        if isinstance(step, ResBlock):
+            return self.run_block(step, h, emb)
+        resized: Tensor = step(h)
+        return resized
 
     def run_block(self, block: nn.Module, *inputs: Tensor) -> Tensor:
         """A block's output; while training and if so asked, without what its backward pass needs."""

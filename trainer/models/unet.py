@@ -1,4 +1,4 @@
-"""The UNet of Improved DDPM, unconditional, class-conditional or super-resolving."""
+"""The UNet of Improved DDPM and ADM, unconditional, class-conditional or super-resolving."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.model_config import UNetConfig
-from trainer.models.blocks import GroupNorm, Upsample, zeroed
+from trainer.models.blocks import GroupNorm, zeroed
 from trainer.models.encoder import EncoderNetwork, UNetBlock
 
 
@@ -34,7 +34,7 @@ class UNet(EncoderNetwork):
                 )
                 channels = width
             if level > 0:
-                self.decoder.append(Upsample(channels))
+                self.decoder.append(self.resizing(channels, "up"))
         assert not skips
 
         self.out_norm = GroupNorm(channels)
@@ -57,7 +57,10 @@ class UNet(EncoderNetwork):
             x = torch.cat([x, upsampled.to(x.dtype)], dim=1)
         h, skips = self.encode(x, emb)
         for step in self.decoder:
-            h = self.run_block(step, emb, h, skips.pop()) if isinstance(step, UNetBlock) else step(h)
+            if isinstance(step, UNetBlock):
+                h = self.run_block(step, emb, h, skips.pop())
+            else:
+                h = self.run_resizing(step, emb, h)
         out: Tensor = self.out_conv(F.silu(self.out_norm(h)))
         return out.float()
 
