@@ -15,6 +15,7 @@ from trainer.diffusion.guidance import NULL_LABEL, guided, num_calls_a_step
 from trainer.diffusion.predictor import Predictor
 from trainer.diffusion.respacing import space_timesteps
 from trainer.diffusion.samplers import SAMPLERS, to_uint8
+from trainer.diffusion.samplers.sampler import Noise
 from trainer.diffusion_config import DiffusionConfig
 from trainer.models import IMAGE_CHANNELS
 from trainer.sample_noise import SampleNoise
@@ -81,14 +82,32 @@ def sample(
 
     Raises UserError for classes that the network does not know, and for guidance that it cannot be given.
     """
-    config, size = stage.config, stage.config.model.image_size
-    diffusion = GaussianDiffusion.create(config.diffusion, device, stage.sampling.respacing)
+    size = stage.config.model.image_size
     noise = SampleNoise(seeds, (IMAGE_CHANNELS, size, size), seed=seed, stage=stage_number, device=device)
+    predictor = predictor_of(stage, seeds, labels=labels, low_res=low_res, device=device, progress=progress)
+    return to_uint8(run_sampler(stage.sampling, predictor, noise(), noise)).cpu()
+
+
+def predictor_of(
+    stage: Stage,
+    seeds: Sequence[int],
+    *,
+    labels: Sequence[int] | None = None,
+    low_res: Tensor | None = None,
+    device: torch.device | str = "cpu",
+    progress: Progress = no_progress,
+) -> Predictor:
+    """The stage's network on the process that is sampled along; arguments and errors as for `sample`."""
+    diffusion = GaussianDiffusion.create(stage.config.diffusion, device, stage.sampling.respacing)
     denoiser = _denoiser(stage, _classes(stage, seeds, labels), low_res, device)
-    watched = _watched(denoiser, num_calls_a_step(stage.sampling.guidance), progress)
-    sampler = SAMPLERS[stage.sampling.sampler]
-    options = {name: getattr(stage.sampling, name) for name in sampler.options}
-    return to_uint8(sampler(Predictor(watched, diffusion), noise(), noise=noise, **options)).cpu()
+    return Predictor(_watched(denoiser, num_calls_a_step(stage.sampling.guidance), progress), diffusion)
+
+
+def run_sampler(sampling: SamplingConfig, predictor: Predictor, x: Tensor, noise: Noise) -> Tensor:
+    """From x at the first step of the predictor's process, [B, C, H, W], to x_0 by the sampler that was asked for."""
+    sampler = SAMPLERS[sampling.sampler]
+    options = {name: getattr(sampling, name) for name in sampler.options}
+    return sampler(predictor, x, noise=noise, **options)
 
 
 def sample_cascade(
