@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from trainer.model_config import EncoderConfig
 from trainer.models.blocks import Attention, Downsample, ResBlock, Resize, Upsample, timestep_embedding
+from trainer.models.network import Network
 
 
 class UNetBlock(nn.Module):
@@ -25,19 +25,14 @@ class UNetBlock(nn.Module):
         return h if self.attention is None else self.attention(h)
 
 
-class EncoderNetwork(nn.Module):
+class EncoderNetwork(Network[EncoderConfig]):
     """The embedding of time and class, the levels of the encoder, and the middle.
 
     `skip_channels` are the widths of what the encoder's steps put out, in their order.
-
-    With `checkpoint_activations` a training step keeps the blocks' inputs only and computes the blocks again for the
-    backward pass: less memory for one forward pass more, and the same gradients.
     """
 
     def __init__(self, config: EncoderConfig, *, in_channels: int, num_embeddings: int = 0) -> None:
-        super().__init__()
-        self.config = config
-        self.checkpoint_activations = False
+        super().__init__(config)
         self.emb_channels = 4 * config.channels
         self.time_embed = nn.Sequential(
             nn.Linear(config.channels, self.emb_channels), nn.SiLU(), nn.Linear(self.emb_channels, self.emb_channels)
@@ -114,12 +109,3 @@ class EncoderNetwork(nn.Module):
             return self.run_block(step, h, emb)
         resized: Tensor = step(h)
         return resized
-
-    def run_block(self, block: nn.Module, *inputs: Tensor) -> Tensor:
-        """A block's output; while training and if so asked, without what its backward pass needs."""
-        if not (self.checkpoint_activations and self.training and torch.is_grad_enabled()):
-            plain: Tensor = block(*inputs)
-            return plain
-        # The generator's state is kept only where a dropout mask has to be drawn again.
-        output: Tensor = checkpoint(block, *inputs, use_reentrant=False, preserve_rng_state=self.config.dropout > 0)
-        return output

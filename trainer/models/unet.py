@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -50,12 +49,8 @@ class UNet(EncoderNetwork):
         Raises ValueError for images that cannot be halved as often as the network has levels, and (on the CPU, where
         looking costs nothing) for labels below 0 without a null class.
         """
-        emb = self.embed(timesteps, self._rows(labels))  # [B, 4C]
-        if self.config.low_res_size:
-            assert low_res is not None, "a super-resolution network needs the low-resolution images"
-            upsampled = F.interpolate(low_res, x.shape[-2:], mode="bilinear", align_corners=False)
-            x = torch.cat([x, upsampled.to(x.dtype)], dim=1)
-        h, skips = self.encode(x, emb)
+        emb = self.embed(timesteps, self.class_rows(labels))  # [B, 4C]
+        h, skips = self.encode(self.beside_low_res(x, low_res), emb)
         for step in self.decoder:
             if isinstance(step, UNetBlock):
                 h = self.run_block(step, emb, h, skips.pop())
@@ -63,17 +58,3 @@ class UNet(EncoderNetwork):
                 h = self.run_resizing(step, emb, h)
         out: Tensor = self.out_conv(F.silu(self.out_norm(h)))
         return out.float()
-
-    def _rows(self, labels: Tensor | None) -> Tensor | None:
-        """The class embedding's rows of labels: [B] -> [B]; None where there are no classes."""
-        if self.class_embed is None:
-            return None
-        assert labels is not None, "a class-conditional network needs labels"
-        if self.config.null_class:
-            return torch.where(labels < 0, self.config.num_classes, labels)
-        if labels.device.type == "cpu" and bool((labels < 0).any()):
-            raise ValueError(
-                'labels below 0 mean "no class", which this network has none of; '
-                "train with model.null_class=true, or give every image a class"
-            )
-        return labels
