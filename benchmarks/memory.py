@@ -23,12 +23,11 @@ from torch import Tensor, nn
 from benchmarks.unet_step import machine
 from data_pipeline.errors import UserError, run_cli
 from data_pipeline.files import write_json
-from trainer.activations import random_inputs
 from trainer.config import RunConfig, validate
 from trainer.ema import ShardedEma
 from trainer.engine import Engine
 from trainer.memory import memory_of
-from trainer.models import build_model
+from trainer.models import build_model, random_inputs
 from trainer.ports import free_port
 from trainer.processes import start_processes
 

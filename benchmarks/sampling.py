@@ -111,7 +111,7 @@ def run_bare(stage: Stage, num: int, batch: int, device: torch.device) -> None:
     x = torch.randn(batch, IMAGE_CHANNELS, size, size, device=device)
     times = torch.linspace(0, 999, batch, device=device)
     for _ in range(stage.num_calls * num // batch):
-        stage.network(x, times, None, None)
+        stage.network(x, times)
 
 
 def seconds(call: Callable[[], None], device: torch.device) -> float:

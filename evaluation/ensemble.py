@@ -32,16 +32,15 @@ class TimeRanges(nn.Module):
         super().__init__()
         self.low, self.high, self.boundary = low, high, boundary
 
-    def forward(
-        self, x: Tensor, time: Tensor, labels: Tensor | None = None, low_res: Tensor | None = None
-    ) -> Tensor:  # [B, C, H, W], [B] -> [B, C or 2C, H, W]
+    def forward(self, x: Tensor, time: Tensor, *conditions: Tensor | None) -> Tensor:
+        """x [B, C, H, W], time [B], conditions [B, ...] -> [B, C or 2C, H, W]."""
         is_low = time < self.boundary
         rows = [(self.low, is_low.nonzero().flatten()), (self.high, (~is_low).nonzero().flatten())]
         parts = []
         for network, own in rows:
             if len(own):
-                arguments = [None if a is None else a[own] for a in (x, time, labels, low_res)]
-                parts.append(network(*arguments))
+                told = [None if value is None else value[own] for value in conditions]
+                parts.append(network(x[own], time[own], *told))
         order = torch.argsort(torch.cat([own for _, own in rows]))
         return torch.cat(parts)[order]
 

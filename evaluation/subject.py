@@ -16,6 +16,7 @@ from torch import nn
 from data_pipeline.dataset import ShardDataset
 from data_pipeline.errors import UserError
 from evaluation.ensemble import Ensemble, TimeRanges, check_fit
+from trainer.conditions import Conditions
 from trainer.config import RunConfig
 from trainer.diffusion.gaussian import Denoiser, GaussianDiffusion
 from trainer.export import SUFFIX, Export, Weights, open_export
@@ -40,7 +41,7 @@ class Subject:
     def condition(self, labels: NDArray[np.int64]) -> Denoiser:
         """The network for images of these classes [n]; an unconditional one asks for none."""
         known = torch.from_numpy(labels).to(self.device) if self.export.config.model.num_classes else None
-        return conditioned(self.network, known)
+        return conditioned(self.network, Conditions(labels=known))
 
     def stage(self, sampling: SamplingConfig) -> Stage:
         return Stage(self.network, self.export.config, sampling)

@@ -27,7 +27,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from trainer.diffusion_config import DiffusionConfig
 from trainer.model_config import ModelConfig
-from trainer.models import IMAGE_CHANNELS, build_model
+from trainer.models import build_model, random_inputs
 
 # What torch.autocast computes in half precision, among what the networks use.
 _LOWERED = {
@@ -117,17 +117,6 @@ class AsOnGpu(TorchFunctionMode):
         return self._copies[id(value)]
 
 
-def random_inputs(
-    model: ModelConfig, batch: int, device: torch.device
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """What the network is called with: x [B, C, H, W], time [B], labels [B] and low_res [B, C, h, w] or None."""
-    x = torch.randn(batch, IMAGE_CHANNELS, model.image_size, model.image_size, device=device)
-    labels = torch.zeros(batch, dtype=torch.long, device=device) if model.hears_classes else None
-    size = model.low_res_size
-    low_res = torch.randn(batch, IMAGE_CHANNELS, size, size, device=device) if size else None
-    return x, torch.rand(batch, device=device), labels, low_res
-
-
 def drop_gradients(network: nn.Module) -> None:
     """Let every parameter's gradient go as soon as it is there: the engine's share of memory is reckoned apart."""
     for parameter in network.parameters():
@@ -166,11 +155,11 @@ def _history(
     with device:
         network = build_model(model, diffusion, checkpoint_activations=checkpointing)
     drop_gradients(network)
-    x, time, labels, low_res = random_inputs(model, batch, device)
-    inputs = [tensor for tensor in (x, time, labels, low_res) if tensor is not None]
+    x, time, conditions = random_inputs(model, batch, device)
+    inputs = [tensor for tensor in (x, time, *conditions) if tensor is not None]
     gpu = AsOnGpu(network, torch.bfloat16 if half else None)
     with LiveBytes([*network.parameters(), *inputs]) as live:
-        output = network(x, time, labels, low_res)
+        output = network(x, time, *conditions)
         gpu.end_forward()
         output.square().mean().backward()
     return np.array(live.history)

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.errors import ConfigError
+from trainer.conditions import Conditions
 from trainer.config import RunConfig
 from trainer.deepspeed_settings import deepspeed_settings
 from trainer.optimizer import GuardedAdamW, LossScale
@@ -104,11 +105,11 @@ class Engine:
         module: nn.Module = self._engine.module
         return module
 
-    def forward(self, x: Tensor, time: Tensor, labels: Tensor | None, low_res: Tensor | None) -> Tensor:
+    def forward(self, x: Tensor, time: Tensor, conditions: Conditions) -> Tensor:
         """The network's output in float32: [B, out_channels, H, W], or a classifier's logits [B, num_classes]."""
         if self._channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
-        output: Tensor = self._engine(x, time, labels, low_res)
+        output: Tensor = self._engine(x, time, *conditions)
         return output.float()
 
     def backward(self, loss: Tensor) -> None:

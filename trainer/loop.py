@@ -27,6 +27,7 @@ from trainer.checkpoint import (
     newest_valid,
     remove_old,
 )
+from trainer.conditions import Conditions
 from trainer.config import RunConfig, to_yaml
 from trainer.damage import DamageWatch
 from trainer.diagnosis import Recomputed, diagnose
@@ -243,17 +244,20 @@ class Run:
         x0 = inputs.images.float() / 127.5 - 1  # [b, C, H, W] in [-1, 1]
         x_t = self.diffusion.q_sample(x0, t, inputs.noise)
         with self.meter.forward():
-            output = self.engine.forward(
-                x_t,
-                self.diffusion.network_time(t),
-                inputs.labels if model.hears_classes else None,
-                downsample(x0, model.low_res_size) if model.low_res_size else None,
-            )
+            output = self.engine.forward(x_t, self.diffusion.network_time(t), self.conditions(x0, inputs))
         if self.config.is_classifier:
             return classification_losses(output, inputs.labels)
         return training_losses(
             self.diffusion, self.config.diffusion, output, x0=x0, x_t=x_t, t=t, noise=inputs.noise
         )  # fmt: skip
+
+    def conditions(self, x0: Tensor, inputs: StepInputs) -> Conditions:
+        """What the network is told of images x0 [b, C, H, W] beside x_t and its time."""
+        model = self.config.model
+        return Conditions(
+            labels=inputs.labels if model.hears_classes else None,
+            low_res=downsample(x0, model.low_res_size) if model.low_res_size else None,
+        )
 
     def micro_step(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
         """Forward, backward and, at the last of a step, the update; returns the mean loss and the losses [b]."""

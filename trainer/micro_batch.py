@@ -18,12 +18,12 @@ import torch
 from torch import nn
 
 from data_pipeline.errors import AgreedError
-from trainer.activations import drop_gradients, random_inputs
+from trainer.activations import drop_gradients
 from trainer.checkpoint import list_checkpoints
 from trainer.config import RunConfig
 from trainer.engine import DTYPES
 from trainer.memory import Memory, divisors, memory_of, remedies, share_of_batch, with_micro_batch
-from trainer.models import build_model
+from trainer.models import build_model, random_inputs
 from trainer.processes import Processes
 from trainer.run_folder import RunFolder
 
@@ -158,11 +158,11 @@ def _measure_on_gpu(
             drop_gradients(network)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        x, time, labels, low_res = random_inputs(config.model, micro_batch, device)
+        x, time, conditions = random_inputs(config.model, micro_batch, device)
         if engine.channels_last:
             x = x.contiguous(memory_format=torch.channels_last)
         with torch.autocast(device.type, dtype or torch.bfloat16, enabled=dtype is not None):
-            output = network(x, time, labels, low_res)
+            output = network(x, time, *conditions)
         output.float().square().mean().backward()
         return torch.cuda.max_memory_allocated(device) - before
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.errors import UserError
+from trainer.conditions import Conditions
 from trainer.config import RunConfig
 from trainer.diffusion.gaussian import Denoiser, GaussianDiffusion
 from trainer.diffusion.guidance import NULL_LABEL, guided, num_calls_a_step
@@ -48,11 +49,11 @@ def num_calls(diffusion: DiffusionConfig, sampling: SamplingConfig) -> int:
     return SAMPLERS[sampling.sampler].num_calls(num_steps) * num_calls_a_step(sampling.guidance)
 
 
-def conditioned(network: nn.Module, labels: Tensor | None = None, low_res: Tensor | None = None) -> Denoiser:
+def conditioned(network: nn.Module, conditions: Conditions) -> Denoiser:
     """The network as a function of (x_t, time) alone."""
 
     def denoise(x: Tensor, time: Tensor) -> Tensor:
-        output: Tensor = network(x, time, labels, low_res)
+        output: Tensor = network(x, time, *conditions)
         return output
 
     return denoise
@@ -99,7 +100,9 @@ def predictor_of(
 ) -> Predictor:
     """The stage's network on the process that is sampled along; arguments and errors as for `sample`."""
     diffusion = GaussianDiffusion.create(stage.config.diffusion, device, stage.sampling.respacing)
-    denoiser = _denoiser(stage, _classes(stage, seeds, labels), low_res, device)
+    classes = _classes(stage, seeds, labels)
+    conditions = Conditions(None if classes is None else torch.tensor(classes), low_res)
+    denoiser = _denoiser(stage, conditions.map(lambda value: value.to(device)))
     return Predictor(_watched(denoiser, num_calls_a_step(stage.sampling.guidance), progress), diffusion)
 
 
@@ -182,16 +185,12 @@ def check_guidance(config: RunConfig, guidance: float, labels: Sequence[int] | N
         )
 
 
-def _denoiser(
-    stage: Stage, classes: Sequence[int] | None, low_res: Tensor | None, device: torch.device | str
-) -> Denoiser:
+def _denoiser(stage: Stage, conditions: Conditions) -> Denoiser:
     """The stage's network, guided where that was asked for, as a function of (x_t, time) alone."""
-    low_res = None if low_res is None else low_res.to(device)
-    if classes is None:
-        return conditioned(stage.network, None, low_res)
-    labels = torch.tensor(classes, device=device)
+    if conditions.labels is None:
+        return conditioned(stage.network, conditions)
     learns_variance = stage.config.diffusion.learns_variance
-    return guided(stage.network, labels, low_res, scale=stage.sampling.guidance, learns_variance=learns_variance)
+    return guided(stage.network, conditions, scale=stage.sampling.guidance, learns_variance=learns_variance)
 
 
 def _watched(denoiser: Denoiser, num_calls: int, progress: Progress) -> Denoiser:

@@ -11,6 +11,7 @@ from random_stage import make_stage
 from torch import Tensor
 
 from data_pipeline.errors import UserError
+from trainer.conditions import Conditions
 from trainer.diffusion.gaussian import GaussianDiffusion
 from trainer.diffusion.guidance import guided, mixed, num_calls_a_step
 from trainer.diffusion_config import DiffusionConfig
@@ -46,7 +47,7 @@ class Watched:
 def test_one_doubled_batch_is_two_calls(tiny_config: Path, scale: float, learns_variance: bool) -> None:
     fixed = () if learns_variance else ("diffusion.variance=fixed_small", "diffusion.objective=simple")
     network = Watched(make_stage(tiny_config, *CLASSES, *fixed).network)
-    found = guided(network, LABELS, scale=scale, learns_variance=learns_variance)(X, TIME)
+    found = guided(network, Conditions(LABELS), scale=scale, learns_variance=learns_variance)(X, TIME)
     assert network.batches == [6]
     of_class, of_none = network(X, TIME, LABELS, None), network(X, TIME, torch.full_like(LABELS, -1), None)
     assert (of_class != of_none).any()
@@ -61,7 +62,8 @@ def test_scales_one_and_zero_take_one_call(tiny_config: Path) -> None:
     network = Watched(make_stage(tiny_config, *CLASSES).network)
     for scale, labels in ((1.0, LABELS), (0.0, torch.full_like(LABELS, -1))):
         assert torch.equal(
-            guided(network, LABELS, scale=scale, learns_variance=True)(X, TIME), network(X, TIME, labels, None)
+            guided(network, Conditions(LABELS), scale=scale, learns_variance=True)(X, TIME),
+            network(X, TIME, labels, None),
         )
     assert network.batches == [3, 3, 3, 3]
     assert [num_calls_a_step(scale) for scale in (0.0, 1.0, 0.5, 2.0)] == [1, 1, 2, 2]
@@ -71,7 +73,7 @@ def test_scales_one_and_zero_take_one_call(tiny_config: Path) -> None:
 def test_both_calls_see_the_small_images(tiny_config: Path) -> None:
     network = make_stage(tiny_config, *CLASSES, "model.low_res_size=8").network
     low_res = torch.randn(3, 3, 8, 8)
-    found = guided(network, LABELS, low_res, scale=2.0, learns_variance=True)(X, TIME)
+    found = guided(network, Conditions(LABELS, low_res), scale=2.0, learns_variance=True)(X, TIME)
     nothing = torch.full_like(LABELS, -1)
     expected = mixed(
         network(X, TIME, LABELS, low_res), network(X, TIME, nothing, low_res), scale=2.0, learns_variance=True

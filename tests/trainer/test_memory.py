@@ -14,13 +14,13 @@ from torch import nn
 from benchmarks.memory import run_job
 from data_pipeline.errors import ConfigError, UserError
 from trainer import micro_batch
-from trainer.activations import AsOnGpu, LiveBytes, _history, activations, drop_gradients, random_inputs
+from trainer.activations import AsOnGpu, LiveBytes, _history, activations, drop_gradients
 from trainer.config import RunConfig, load_config
 from trainer.diffusion_config import DiffusionConfig
 from trainer.memory import Memory, largest_that_fits, memory_of, with_micro_batch
 from trainer.micro_batch import Room, search, with_largest_micro_batch
 from trainer.model_config import UNetConfig
-from trainer.models import build_model, count
+from trainer.models import build_model, count, random_inputs
 from trainer.processes import Processes
 
 MODEL = UNetConfig(image_size=16, channels=64, channel_mult=(1, 2), num_res_blocks=1, attention_resolutions=(16,))
@@ -30,10 +30,10 @@ DIFFUSION = DiffusionConfig()
 def live_bytes(network: nn.Module, batch: int, context: Any) -> int:
     """The peak of a real pass on the CPU."""
     drop_gradients(network)
-    x, time, labels, low_res = random_inputs(MODEL, batch, torch.device("cpu"))
+    x, time, conditions = random_inputs(MODEL, batch, torch.device("cpu"))
     with LiveBytes([*network.parameters(), x, time]) as live:
         with context:
-            output = network(x, time, labels, low_res)
+            output = network(x, time, *conditions)
         output.square().mean().backward()
     return int(max(live.history))
 

@@ -15,15 +15,16 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from trainer.conditions import Conditions
 from trainer.diffusion.gaussian import Denoiser
 
 NULL_LABEL = -1
 
 
 class ConditionalNetwork(Protocol):
-    """A network that also hears classes [B] (-1: none) and small images [B, C, h, w]."""
+    """A network that also hears conditions, in the order of `Conditions`."""
 
-    def __call__(self, x: Tensor, time: Tensor, labels: Tensor | None, low_res: Tensor | None) -> Tensor: ...
+    def __call__(self, x: Tensor, time: Tensor, *conditions: Tensor | None) -> Tensor: ...
 
 
 def num_calls_a_step(scale: float) -> int:
@@ -32,26 +33,26 @@ def num_calls_a_step(scale: float) -> int:
 
 
 def guided(
-    network: ConditionalNetwork, labels: Tensor, low_res: Tensor | None = None, *, scale: float, learns_variance: bool
-) -> Denoiser:
+    network: ConditionalNetwork, conditions: Conditions, *, scale: float, learns_variance: bool
+) -> Denoiser:  # fmt: skip
     """The guided network as a function of (x_t, time) alone.
 
     Args:
-        labels: [B] classes.
-        low_res: [B, C, h, w], what a super-resolution network enlarges; both calls see it.
+        conditions: with labels; all others are the same for both calls.
         scale: 0 is the unconditional network (its variance too), 1 the conditional one, one call each; for others the
             two calls are one batch of 2B.
         learns_variance: whether the second half of the output's channels is a variance.
     """
-    nothing = torch.full_like(labels, NULL_LABEL)
+    assert conditions.labels is not None, "guidance is towards classes"
+    nothing = torch.full_like(conditions.labels, NULL_LABEL)
     if num_calls_a_step(scale) == 1:
-        only = labels if scale else nothing
-        return lambda x, time: network(x, time, only, low_res)
-    both = torch.cat([labels, nothing])
-    twice = None if low_res is None else torch.cat([low_res, low_res])
+        only = conditions if scale else conditions._replace(labels=nothing)
+        return lambda x, time: network(x, time, *only)
+    twice = conditions.map(lambda value: torch.cat([value, value]))
+    twice = twice._replace(labels=torch.cat([conditions.labels, nothing]))
 
     def denoise(x: Tensor, time: Tensor) -> Tensor:
-        output = network(torch.cat([x, x]), torch.cat([time, time]), both, twice)
+        output = network(torch.cat([x, x]), torch.cat([time, time]), *twice)
         return mixed(*output.chunk(2), scale=scale, learns_variance=learns_variance)
 
     return denoise

@@ -7,15 +7,16 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from trainer.conditions import Conditions
 from trainer.diffusion_config import DiffusionConfig
 from trainer.model_config import ClassifierConfig, ModelConfig
 from trainer.models.classifier import Classifier
 from trainer.models.unet import UNet
 
-# Of a network's own config and `out_channels`, to a module that is called with (x, time, labels, low_res).
+# Of a network's own config and `out_channels`, to a module that is called with (x, time, *Conditions).
 NETWORKS: dict[str, Callable[..., nn.Module]] = {"unet": UNet, "classifier": Classifier}
 IMAGE_CHANNELS = 3
 
@@ -48,6 +49,15 @@ def _out_channels(model: ModelConfig, diffusion: DiffusionConfig) -> int:
     return IMAGE_CHANNELS * (2 if diffusion.learns_variance else 1)
 
 
+def random_inputs(model: ModelConfig, batch: int, device: torch.device) -> tuple[Tensor, Tensor, Conditions]:
+    """What the network is called with: x [B, C, H, W], time [B] and the conditions that it hears."""
+    x = torch.randn(batch, IMAGE_CHANNELS, model.image_size, model.image_size, device=device)
+    labels = torch.zeros(batch, dtype=torch.long, device=device) if model.hears_classes else None
+    size = model.low_res_size
+    low_res = torch.randn(batch, IMAGE_CHANNELS, size, size, device=device) if size else None
+    return x, torch.rand(batch, device=device), Conditions(labels, low_res)
+
+
 @lru_cache(maxsize=64)
 def count(model: ModelConfig, diffusion: DiffusionConfig) -> ModelCost:
     """Parameters and forward FLOPs of one image, traced on the meta device: nothing is allocated.
@@ -56,11 +66,9 @@ def count(model: ModelConfig, diffusion: DiffusionConfig) -> ModelCost:
     """
     with torch.device("meta"):
         network = build_model(model, diffusion)
-        x = torch.empty(1, IMAGE_CHANNELS, model.image_size, model.image_size)
-        labels = torch.zeros(1, dtype=torch.long) if model.hears_classes else None
-        low_res = torch.empty(1, IMAGE_CHANNELS, model.low_res_size, model.low_res_size) if model.low_res_size else None
-        with torch.no_grad(), FlopCounterMode(display=False) as counter:
-            network(x, torch.zeros(1), labels, low_res)
+    x, time, conditions = random_inputs(model, 1, torch.device("meta"))
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        network(x, time, *conditions)
     return ModelCost(
         num_params=sum(p.numel() for p in network.parameters()), forward_flops=float(counter.get_total_flops())
     )

@@ -31,13 +31,11 @@ class Classifier(EncoderNetwork):
         else:
             self.pool = SpatialPool(sum(self.skip_channels) + channels, out_channels, norm=config.pool == "spatial_v2")
 
-    def forward(
-        self, x: Tensor, timesteps: Tensor, labels: Tensor | None = None, low_res: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, timesteps: Tensor, *conditions: Tensor | None) -> Tensor:
         """x [B, C, H, W], timesteps [B] (float) -> logits [B, num_classes] (float32).
 
-        `labels` and `low_res` are there so that all networks are called alike, and not looked at. Raises ValueError
-        for images of another size than `model.image_size`.
+        The conditions are there so that all networks are called alike, and not looked at. Raises ValueError for images
+        of another size than `model.image_size`.
         """
         size = self.config.image_size
         if x.shape[-2:] != (size, size):
