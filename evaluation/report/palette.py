@@ -18,6 +18,7 @@ MAX_GROUPS = 12  # more sizes than this share colours with their neighbours
 # None of these is in the sizes' palette.
 _FORMS = {"power": "#c0392b", "power_constant": "#d98200", "broken": "#b0399a"}
 _OTHER_FORM = "#8a5a2b"
+_CATEGORIES = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#1a1a1a", "#b8a900")
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,11 @@ def form_colour(form: str) -> str:
 def ordered_colours(num: int) -> list[str]:
     """So many colours from light to dark."""
     return [to_hex(colour) for colour in colormaps["viridis_r"](np.linspace(0.18, 0.95, num))]
+
+
+def category_colour(number: int) -> str:
+    """The colour of the so-manieth of a few things that have no order (Okabe & Ito 2008); more than eight repeat."""
+    return _CATEGORIES[number % len(_CATEGORIES)]
 
 
 def _label(sizes: NDArray[np.int64]) -> str:
