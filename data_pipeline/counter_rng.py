@@ -35,6 +35,8 @@ class Stream(IntEnum):
     STRATUM = 11
     KERNEL_SUBSET = 12
     SUBSTITUTE = 13
+    ACCURACY_PLAN = 16
+    ACCURACY_NOISE = 17
 
 
 def generator(seed: int, stream: Stream, block: int, *, part: int = 0) -> np.random.Generator:

@@ -53,6 +53,7 @@ def check_fit(own: RunConfig, other: RunConfig, below: int) -> None:
     differing += [
         f"diffusion.{name}" for name in process if getattr(own.diffusion, name) != getattr(other.diffusion, name)
     ]
+    differing += ["model.name"] if own.is_classifier != other.is_classifier else []
     if differing:
         raise UserError(f"these two networks are no ensemble: they differ in {', '.join(differing)}.")
     if not 0 < below < own.diffusion.num_timesteps:

@@ -36,7 +36,7 @@ from evaluation.results import (
     write_records,
     write_table,
 )  # fmt: skip
-from evaluation.subject import check_data, open_subject
+from evaluation.subject import check_data, check_kind, open_subject
 from trainer.config import validate
 from trainer.diffusion.respacing import space_timesteps
 from trainer.export import Export, open_export
@@ -72,6 +72,7 @@ def evaluate(
 
 def _check_fits(export: Export, dataset: ShardDataset, request: EvalRequest) -> None:
     """Raises UserError for what this network or this data cannot give, before anything is loaded or computed."""
+    check_kind(export.config, request.metrics)
     check_data(export.config, dataset)
     num_timesteps = export.config.diffusion.num_timesteps
     if request.kinds or MEMORISATION in request.metrics:
@@ -114,7 +115,7 @@ def _parser() -> argparse.ArgumentParser:
         description="Evaluate an export: likelihood (nll) and sample quality.",
         epilog="Metrics: nll; memorisation (nearest training images); of samples fd, sfd, is, kd, precision, recall, "
         "with Inception also by their names fid, sfid, kid. A distance in the features of another net than Inception "
-        "is not FID and is named after its net.",
+        "is not FID and is named after its net. Of classifiers: accuracy.",
     )
     add = parser.add_argument
     add("export", type=Path, help="RUN/exports/<images seen>")
@@ -144,6 +145,8 @@ def _parser() -> argparse.ArgumentParser:
     quality.add_argument("--train-data", help="the split that was trained on, for memorisation")
     quality.add_argument("--feature-net", default="efflite0", help="efflite0 or inception")
     quality.add_argument("--feature-weights", type=Path, help="the feature net's weights file")
+    accuracy = parser.add_argument_group("classifiers")
+    accuracy.add_argument("--accuracy-calls", type=int, help="noisy images (default: as many as the split has)")
     run = parser.add_argument_group("running")
     run.add_argument("--shard", help="this process's part, such as 0/2 (default: as a launcher says)")
     run.add_argument("--num-threads", type=int, help="CPU threads")
@@ -164,7 +167,7 @@ def _request(a: argparse.Namespace) -> EvalRequest:
         num_samples=a.num_samples, repeats=a.repeats, batch=a.batch,
         sampling=validate(SamplingConfig, how, source="arguments"), num_reference=a.num_reference,
         reference=a.reference, feature_net=a.feature_net, feature_weights=a.feature_weights,
-        train_data=a.train_data, num_threads=a.num_threads,
+        train_data=a.train_data, accuracy_calls=a.accuracy_calls, num_threads=a.num_threads,
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from data_pipeline.dataset import ShardDataset
+from evaluation.accuracy import RECORDS, measure_accuracy
 from evaluation.chunks import Advance, Arrays, Chunks, concatenated, cut
 from evaluation.device import computed_on
 from evaluation.features import FeatureNet, get_feature_net
@@ -20,7 +21,7 @@ from evaluation.features.reference import published_features, real_floor, refere
 from evaluation.neighbours import memorisation, nearest, neighbour_figure
 from evaluation.nll.estimate import estimate_nll
 from evaluation.quality import Measured, check_gives, need_rows, quality, record_name
-from evaluation.request import MEMORISATION, EvalRequest
+from evaluation.request import ACCURACY, MEMORISATION, EvalRequest
 from evaluation.sampling_job import sample_chunks
 from evaluation.subject import Subject
 from trainer.grid import save_grid
@@ -43,6 +44,8 @@ class Evaluation:
         self.artifacts, self.progress = artifacts, progress
 
     def records(self) -> list[EvalRecord]:
+        if ACCURACY in self.request.metrics:
+            return self._accuracy()
         found = [self._nll()] if "nll" in self.request.metrics else []
         if MEMORISATION in self.request.metrics and self.chunks.shard.index == 0:  # small: not worth sharing
             found.append(self._memorisation())
@@ -67,6 +70,21 @@ class Evaluation:
             "nll", Measured(estimate.bits_per_dim, estimate.stderr, estimate.details()), n=estimate.num_calls,
             seeds=[self.request.seed], measured=estimate.measured,
         )  # fmt: skip
+
+    def _accuracy(self) -> list[EvalRecord]:
+        """One record a figure of a classifier."""
+        found = measure_accuracy(
+            self.subject, self.dataset, self.request.accuracy_calls, seed=self.request.seed, chunks=self.chunks,
+            title=self._title(f"accuracy {self.dataset.manifest.split}"),
+        )  # fmt: skip
+        if self.artifacts is not None:
+            found.write_artifacts(self.artifacts)
+        diffusion = self.subject.export.config.diffusion
+        measured = {"t": "uniform", "num_timesteps": diffusion.num_timesteps, "schedule": diffusion.schedule}
+        return [
+            self._record(RECORDS[name], value, n=len(found.t), seeds=[self.request.seed], measured=measured)
+            for name, value in found.over_all().items()
+        ]
 
     def _memorisation(self) -> EvalRecord:
         """How near samples are to training images in pixels, against held-out images of the same number."""

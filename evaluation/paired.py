@@ -32,7 +32,7 @@ from evaluation.nll.summary import Mean
 from evaluation.nll.terms import NetworkTerms, Terms
 from evaluation.request import DEFINITION, EvalRequest
 from evaluation.results import chunks_of, holds, run_of
-from evaluation.subject import Subject, open_subject, weights_identity
+from evaluation.subject import Subject, check_kind, open_subject, weights_identity
 
 
 def compare(
@@ -70,6 +70,7 @@ def _check(subjects: Sequence[Subject], dataset: ShardDataset, settings: NllSett
     if len(subjects) < 2:
         raise UserError("one export is named; a comparison needs two or more.")
     for subject in subjects:
+        check_kind(subject.export.config, ["nll"])
         subject.check_data(dataset)
     steps = [subject.diffusion(settings.respacing).num_timesteps for subject in subjects]
     if len(set(steps)) > 1:

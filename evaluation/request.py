@@ -19,7 +19,8 @@ from trainer.export import Weights
 from trainer.sampling_config import SamplingConfig
 
 MEMORISATION = "memorisation"
-OTHERS = ("nll", MEMORISATION)  # metrics that are not of a feature net
+ACCURACY = "accuracy"  # of classifiers, and all there is of them
+OTHERS = ("nll", MEMORISATION, ACCURACY)  # metrics that are not of a feature net
 # Part of every key: raised when a metric's definition changes, so that values of before are not taken for new ones.
 DEFINITION = 3
 
@@ -43,6 +44,7 @@ class EvalRequest:
     feature_net: str = "efflite0"
     feature_weights: Path | None = None  # the net's weights file, for those that come with no package
     train_data: str | Path | None = None  # the split that was trained on, for `memorisation`
+    accuracy_calls: int | None = None  # noisy images that a classifier is asked about; default: the split's number
     num_threads: int | None = None  # of a CPU; no part of the key
 
     @property
@@ -74,6 +76,8 @@ class EvalRequest:
             size = {"num_images": nll.num_images} if mode == "exact" else {
                 "num_calls": nll.num_calls, "target_stderr": nll.target_stderr}  # fmt: skip
             return {"mode": mode, **size, "respacing": nll.respacing, "clip_denoised": nll.clip_denoised}
+        if metric == ACCURACY:
+            return {"num_calls": self.accuracy_calls}
         if metric == MEMORISATION:
             assert self.train_data is not None
             train = read_manifest(self.train_data).fingerprint
@@ -92,7 +96,9 @@ class EvalRequest:
             raise UserError(f"no metric is asked for; known: {', '.join((*OTHERS, *KINDS))}.")
         if "nll" in self.metrics:
             self.nll.check()
-        for name, least in (("seed", 0), ("num_reference", 2), ("num_threads", 1), ("repeats", 1), ("batch", 1)):
+        for name, least in (
+            ("seed", 0), ("num_reference", 2), ("num_threads", 1), ("repeats", 1), ("batch", 1), ("accuracy_calls", 2)
+        ):  # fmt: skip
             value = getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"--{name.replace('_', '-')} {value} is too small; use {least} or more.")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from torch import nn
 from data_pipeline.dataset import ShardDataset
 from data_pipeline.errors import UserError
 from evaluation.ensemble import Ensemble, TimeRanges, check_fit
+from evaluation.request import ACCURACY
 from trainer.conditions import Conditions
 from trainer.config import RunConfig
 from trainer.diffusion.gaussian import Denoiser, GaussianDiffusion
@@ -69,6 +70,18 @@ def check_data(config: RunConfig, dataset: ShardDataset) -> None:
             f"the network knows {model.num_classes} classes, {dataset.place} has {there.num_classes}; name a "
             "split with the classes it was trained on."
         )
+
+
+def check_kind(config: RunConfig, metrics: Sequence[str]) -> None:
+    """Raises UserError for metrics of images asked of a classifier, and the other way round."""
+    others = [metric for metric in metrics if metric != ACCURACY]
+    if config.is_classifier and others:
+        raise UserError(
+            f"--metrics {','.join(others)}: {config.name} is a classifier, which has no likelihood and makes no "
+            f"images; ask for --metrics {ACCURACY}, or let it guide another network's samples (--classifier)."
+        )
+    if not config.is_classifier and ACCURACY in metrics:
+        raise UserError(f"--metrics {ACCURACY} is of classifiers (model.name=classifier), which {config.name} is not.")
 
 
 def open_subject(

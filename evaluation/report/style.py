@@ -5,6 +5,7 @@ from __future__ import annotations
 _METRICS = {
     "nll": "NLL (bits/dim)", "nll_gap": "NLL, held-out less training images (bits/dim)",
     "fid": "FID", "sfid": "sFID", "is": "inception score", "kid": "KID",
+    "accuracy": "accuracy", "top5_accuracy": "top-5 accuracy", "cross_entropy": "cross-entropy (nats)",
     "precision": "precision", "recall": "recall", "memorisation": "distance to training images, of held-out's",
 }  # fmt: skip
 _KINDS = {

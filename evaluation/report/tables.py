@@ -144,6 +144,8 @@ def _how(record: EvalRecord) -> str:
         words += [f"chain {m['respacing']}"] if m.get("respacing") else []
         words += ["not clipped"] if not m.get("clip_denoised", True) else []
         words += [f"{details['num_images']:,} images"] if m.get("mode") == "exact" and "num_images" in details else []
+    elif record.metric in ("accuracy", "top5_accuracy", "cross_entropy"):
+        words = [f"noisy images, {m.get('t')} t of {m.get('num_timesteps')} {m.get('schedule')} steps"]
     elif record.metric == "memorisation":
         words = [f"{m.get('sampler')} {m.get('respacing')}, median of the nearest in pixels"]
     else:

@@ -14,6 +14,7 @@ from trainer.models import count
 
 K = 1000
 NOT_PUBLISHED = {
+    "cifar10/classifier_small",
     "cifar10/min_snr",
     "cifar10/sigmoid",
     "cifar10/small",
