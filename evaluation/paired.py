@@ -70,7 +70,6 @@ def _check(subjects: Sequence[Subject], dataset: ShardDataset, settings: NllSett
     if len(subjects) < 2:
         raise UserError("one export is named; a comparison needs two or more.")
     for subject in subjects:
-        check_kind(subject.export.config, ["nll"])
         subject.check_data(dataset)
     steps = [subject.diffusion(settings.respacing).num_timesteps for subject in subjects]
     if len(set(steps)) > 1:
@@ -173,6 +172,8 @@ def main() -> int:
     EvalRequest(data=a.data, weights=a.weights, seed=a.seed, nll=settings, num_threads=a.num_threads).check()
     device, dataset, shard = pick_device(a.num_threads), ShardDataset(a.data), shard_of(a.shard)
     subjects = [open_subject(path, weights=a.weights, device=device) for path in a.exports]
+    for subject in subjects:
+        check_kind(subject.export.config, ["nll"])
     _check(subjects, dataset, settings)
     first = subjects[0].export
     key = _key(subjects, dataset, settings, a.seed)
