@@ -17,6 +17,7 @@ from trainer.diffusion_config import DiffusionConfig
 from trainer.model_config import ModelConfig
 from trainer.models import IMAGE_CHANNELS, build_model
 from trainer.models.blocks import Attention
+from trainer.models.dit import SelfAttention
 
 # AdamW reads weight, gradient and two moments and writes all but the gradient; EMA reads two and writes one. float32.
 OPTIMIZER_BYTES_PER_PARAM = 4 * (4 + 3 + 3)
@@ -43,15 +44,16 @@ def layers_of(model: ModelConfig, batch: int) -> list[Layer]:
         layers.append(Layer(flops, inputs[0].numel() + weight.numel() + output.numel()))
 
     def attention(_: nn.Module, inputs: tuple[Tensor, ...], __: Tensor) -> None:
-        size, channels, height, width = inputs[0].shape
-        layers.append(Layer(4 * size * channels * (height * width) ** 2, 4 * inputs[0].numel()))
+        x = inputs[0]  # [B, C, H, W], or tokens [B, N, C]
+        positions = x.shape[2:].numel() if x.ndim == 4 else x.shape[1]
+        layers.append(Layer(4 * x.numel() * positions, 4 * x.numel()))
 
     with torch.device("meta"), torch.no_grad():
         network = build_model(model, DiffusionConfig())
         for module in network.modules():
             if isinstance(module, nn.Conv2d | nn.Linear):
                 module.register_forward_hook(product)
-            elif isinstance(module, Attention):
+            elif isinstance(module, Attention | SelfAttention):
                 module.register_forward_hook(attention)
         network(torch.empty(batch, IMAGE_CHANNELS, model.image_size, model.image_size), torch.zeros(batch))
     return layers

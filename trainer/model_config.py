@@ -111,15 +111,69 @@ class UNetConfig(EncoderConfig):
     name: Literal["unet"] = "unet"
 
 
+# The sizes of Peebles & Xie 2023 (table 1): depth, width, heads.
+DIT_SIZES: dict[str, dict[str, int]] = {
+    "S": {"depth": 12, "width": 384, "num_heads": 6},
+    "B": {"depth": 12, "width": 768, "num_heads": 12},
+    "L": {"depth": 24, "width": 1024, "num_heads": 16},
+    "XL": {"depth": 28, "width": 1152, "num_heads": 16},
+}
+
+
 class DiTConfig(ModelConfig):
-    """The diffusion transformer (Peebles & Xie 2023) with adaLN-Zero conditioning."""
+    """The diffusion transformer (Peebles & Xie 2023) with adaLN-Zero conditioning.
+
+    `size` gives depth, width and num_heads their published values; without it they are set one by one.
+    """
 
     name: Literal["dit"] = "dit"
+    size: Literal["S", "B", "L", "XL"] | None = None
     patch_size: int = Field(ge=1)  # pixels a side of what becomes one token
-    width: int = Field(ge=4)  # of a token
     depth: int = Field(ge=1)  # blocks
+    width: int = Field(ge=4)  # of a token
     num_heads: int = Field(ge=1)
-    mlp_ratio: float = Field(4.0, gt=0)  # width of a block's hidden layer, in units of `width`
+    mlp_ratio: float = Field(4.0, gt=0, allow_inf_nan=False)  # width of a block's hidden layer, in units of `width`
+
+    @property
+    def grid_size(self) -> int:
+        """Tokens a side of the image."""
+        return self.image_size // self.patch_size
+
+    @property
+    def mlp_width(self) -> int:
+        """Of a block's hidden layer."""
+        return round(self.mlp_ratio * self.width)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _size_is_spelled_out(cls, tree: Any) -> Any:
+        size = tree.get("size") if isinstance(tree, dict) else None
+        return DIT_SIZES[size] | tree if isinstance(size, str) and size in DIT_SIZES else tree
+
+    @model_validator(mode="after")
+    def _is_of_its_size(self) -> DiTConfig:
+        for key, value in DIT_SIZES.get(self.size or "", {}).items():
+            if getattr(self, key) != value:
+                raise ValueError(
+                    f"model.{key}={getattr(self, key)}: model.size={self.size} has {value}; leave model.{key} out, or "
+                    "set model.size=null and each of depth, width and num_heads"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _patches_and_heads_fit(self) -> DiTConfig:
+        if self.image_size % self.patch_size:
+            raise ValueError(f"model.patch_size={self.patch_size} must divide model.image_size={self.image_size}")
+        if self.width % self.num_heads:
+            raise ValueError(
+                f"model.width={self.width} is not divided by model.num_heads={self.num_heads}; choose width as a "
+                "multiple of num_heads"
+            )
+        if self.width % 4:
+            raise ValueError(f"model.width={self.width} must be a multiple of 4 (sines and cosines of row and column)")
+        if not self.mlp_width:
+            raise ValueError(f"model.mlp_ratio={self.mlp_ratio:g} of model.width={self.width} is less than one channel")
+        return self
 
 
 class ClassifierConfig(EncoderConfig):

@@ -14,10 +14,11 @@ from trainer.conditions import Conditions
 from trainer.diffusion_config import DiffusionConfig
 from trainer.model_config import ClassifierConfig, ModelConfig
 from trainer.models.classifier import Classifier
+from trainer.models.dit import DiT
 from trainer.models.unet import UNet
 
-# Of a network's own config and `out_channels`, to a module that is called with (x, time, *Conditions).
-NETWORKS: dict[str, Callable[..., nn.Module]] = {"unet": UNet, "classifier": Classifier}
+# Of a network's own config, and channels in and out, to a module that is called with (x, time, *Conditions).
+NETWORKS: dict[str, Callable[..., nn.Module]] = {"unet": UNet, "dit": DiT, "classifier": Classifier}
 IMAGE_CHANNELS = 3
 
 
@@ -32,41 +33,48 @@ class ModelCost:
         return 3.0 * self.forward_flops
 
 
-def build_model(model: ModelConfig, diffusion: DiffusionConfig, *, checkpoint_activations: bool = False) -> nn.Module:
-    """The network of a config, with PyTorch's default initialisation from the current generator.
+def build_model(
+    model: ModelConfig, diffusion: DiffusionConfig, *,
+    image_channels: int = IMAGE_CHANNELS, checkpoint_activations: bool = False,
+) -> nn.Module:  # fmt: skip
+    """The network of a config, with fresh weights from the current generator.
 
     `checkpoint_activations`: train with less memory, computing activations again for the backward pass.
     """
-    network = NETWORKS[model.name](model, out_channels=_out_channels(model, diffusion))
+    out_channels = _out_channels(model, diffusion, image_channels)
+    network = NETWORKS[model.name](model, in_channels=image_channels, out_channels=out_channels)
     network.checkpoint_activations = checkpoint_activations  # type: ignore[assignment]
     return network
 
 
-def _out_channels(model: ModelConfig, diffusion: DiffusionConfig) -> int:
+def _out_channels(model: ModelConfig, diffusion: DiffusionConfig, image_channels: int) -> int:
     """An image's, twice where the variance is learned; of a classifier the logits."""
     if isinstance(model, ClassifierConfig):
         return model.num_classes
-    return IMAGE_CHANNELS * (2 if diffusion.learns_variance else 1)
+    return image_channels * (2 if diffusion.learns_variance else 1)
 
 
-def random_inputs(model: ModelConfig, batch: int, device: torch.device) -> tuple[Tensor, Tensor, Conditions]:
+def random_inputs(
+    model: ModelConfig, batch: int, device: torch.device, *, image_channels: int = IMAGE_CHANNELS
+) -> tuple[Tensor, Tensor, Conditions]:
     """What the network is called with: x [B, C, H, W], time [B] and the conditions that it hears."""
-    x = torch.randn(batch, IMAGE_CHANNELS, model.image_size, model.image_size, device=device)
+    x = torch.randn(batch, image_channels, model.image_size, model.image_size, device=device)
     labels = torch.zeros(batch, dtype=torch.long, device=device) if model.hears_classes else None
     size = model.low_res_size
-    low_res = torch.randn(batch, IMAGE_CHANNELS, size, size, device=device) if size else None
+    low_res = torch.randn(batch, image_channels, size, size, device=device) if size else None
     return x, torch.rand(batch, device=device), Conditions(labels, low_res)
 
 
 @lru_cache(maxsize=64)
-def count(model: ModelConfig, diffusion: DiffusionConfig) -> ModelCost:
+def count(model: ModelConfig, diffusion: DiffusionConfig, *, image_channels: int = IMAGE_CHANNELS) -> ModelCost:
     """Parameters and forward FLOPs of one image, traced on the meta device: nothing is allocated.
 
-    The meta device matters: on the CPU the fused attention kernel is invisible to the counter.
+    Of images by default; `image_channels` may be those of an autoencoder's latents, which published figures are of. The
+    meta device matters: on the CPU the fused attention kernel is invisible to the counter.
     """
     with torch.device("meta"):
-        network = build_model(model, diffusion)
-    x, time, conditions = random_inputs(model, 1, torch.device("meta"))
+        network = build_model(model, diffusion, image_channels=image_channels)
+    x, time, conditions = random_inputs(model, 1, torch.device("meta"), image_channels=image_channels)
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         network(x, time, *conditions)
     return ModelCost(
