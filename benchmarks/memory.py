@@ -137,7 +137,7 @@ def be_a_rank(stage: int, accumulation: int) -> list[Row]:
     network = build_model(config.model, config.diffusion)
     watch = Watch(network, config)
     engine = Engine(network, config, processes)
-    ema = ShardedEma(engine.owned, config.train.ema_decays)
+    ema = ShardedEma(engine.owned, config.train.averages)
     watch.engine = engine
     for step in range(3):  # ZeRO-3 learns in the first what comes again when
         watch.start()

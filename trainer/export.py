@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from trainer.config import RunConfig, load_config
 from trainer.models import build_model, count
 from trainer.tensor_files import Shape, write_tensors
 
-Weights = str  # "model" the bare ones, "ema" their average, "ema_0.999" one of further averages
+Weights = str  # "model" the bare ones, "ema" their average, "ema_0.999" or "power_0.05" one of further averages
 SUFFIX = ".safetensors"
 
 
@@ -57,8 +57,15 @@ class Export:
             raise UserError(f"weights={weights}: {self.path} holds only {there}; ask for one of these.")
 
 
-def write_export(checkpoint: Path, exports: Path, *, run_id: str) -> Path:
-    """Turn a checkpoint into `exports/<nimg>`, reading parameter by parameter; an existing one is kept."""
+def write_export(
+    checkpoint: Path, exports: Path, *, run_id: str, kinds: Collection[Weights] | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Path:  # fmt: skip
+    """Turn a checkpoint into `exports/<nimg>`, reading parameter by parameter; an existing one is kept.
+
+    `kinds`: what it holds; default: the bare weights and all averages. Raises UserError for a weight that `dtype`
+    cannot hold.
+    """
     reader = CheckpointReader(checkpoint)
     state = reader.state
     final = exports / checkpoint_name(state.nimg)
@@ -66,27 +73,37 @@ def write_export(checkpoint: Path, exports: Path, *, run_id: str) -> Path:
         return final
     config = load_config(checkpoint / "config.yaml")
     info = export_info(config, nimg=state.nimg, compute=state.compute, run_id=run_id, data=state.data_fingerprint)
-    kinds = {name: name for name in config.train.ema_decays} | {"model": "weight"}
     weights: dict[Weights, Callable[[str], Tensor]] = {
-        ours: partial(reader.whole, kind) for ours, kind in kinds.items()
+        kind: partial(_read, reader, "weight" if kind == "model" else kind, dtype)
+        for kind in kinds or (*config.train.averages, "model")
     }
-    save_export(final, weights, reader.shapes, config=(checkpoint / "config.yaml").read_bytes(), info=info)
+    text = (checkpoint / "config.yaml").read_bytes()
+    save_export(final, weights, reader.shapes, config=text, info=info, dtype=dtype)
     return final
+
+
+def _read(reader: CheckpointReader, kind: str, dtype: torch.dtype, name: str) -> Tensor:
+    whole = reader.whole(kind, name)
+    if whole.numel() and (largest := float(whole.abs().max())) > torch.finfo(dtype).max:
+        raise UserError(
+            f"{kind} {name!r} holds {largest:g}: too large for train.ema_snapshot_precision=fp16; use fp32."
+        )
+    return whole.to(dtype)
 
 
 def save_export(
     final: Path, weights: Mapping[Weights, Callable[[str], Tensor]], shapes: Mapping[str, Shape],
-    *, config: str | bytes, info: dict[str, Any],
+    *, config: str | bytes, info: dict[str, Any], dtype: torch.dtype = torch.float32,
 ) -> None:  # fmt: skip
     """Write the folder `final` completely or not at all; what was there is replaced.
 
-    `weights`: for each kind, what gives a parameter's float32 values by its name, asked for one at a time; `shapes`:
-    of all parameters; `config`: the resolved YAML; `info`: see `export_info`.
+    `weights`: for each kind, what gives a parameter's values of `dtype` by its name, asked for one at a time;
+    `shapes`: of all parameters; `config`: the resolved YAML; `info`: see `export_info`.
     """
     temporary = final.with_name(f".{final.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
-    specs = {name: (shape, torch.float32) for name, shape in shapes.items()}
+    specs = {name: (shape, dtype) for name, shape in shapes.items()}
     try:
         files = {
             f"{kind}{SUFFIX}": write_tensors(temporary / f"{kind}{SUFFIX}", specs, weights[kind]) for kind in weights

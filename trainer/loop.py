@@ -125,7 +125,7 @@ class Run:
         if reader is not None:
             network.load_state_dict(dict(reader.weights("weight")), strict=True)
         self.engine = Engine(network, config, processes)
-        self.ema = ShardedEma(self.engine.owned, config.train.ema_decays)
+        self.ema = ShardedEma(self.engine.owned, config.train.averages)
         self.diffusion = GaussianDiffusion.create(config.diffusion, device)
         self.timesteps = make_timestep_sampler(config.diffusion, device)
         self.inputs = InputSource(config, dataset, processes)
@@ -173,8 +173,8 @@ class Run:
         changed = changes(reader.state.layout, self.layout)
         if changed and self.processes.is_main:
             say(f"going on with {changed}: the same inputs, losses to rounding instead of bit for bit")
-        if self.nimg in self.plan.exports:  # an earlier life may have died between the checkpoint and its export
-            self.processes.from_main(lambda: self.outputs.export(reader.path))
+        # An earlier life may have died between the checkpoint and what is made from it.
+        self.processes.from_main(lambda: self.derive(reader.path, self.nimg))
 
     # ---- the loop -----------------------------------------------------------------------------------------------
 
@@ -331,18 +331,24 @@ class Run:
         return True
 
     def save(self) -> None:
-        """Begin a checkpoint, and an export where the plan has one; both are written while training goes on."""
+        """Begin a checkpoint, and what the plan has made from it; all is written while training goes on."""
         train, nimg = self.config.train, self.nimg
 
         def then(path: Path) -> None:
             self.folder.note_saved(nimg)
-            if nimg in self.plan.exports:
-                self.outputs.export(path)
+            self.derive(path, nimg)
             remove_old(self.folder.checkpoints, train.keep_checkpoints, every=train.keep_every_images)
 
         fragments = fragment_tensors(self.engine.owned, self.ema.shadows)
         live = Snapshot(self._state(), self.engine.shapes, fragments, self.timesteps.state(), to_yaml(self.config))
         self.saver.save(live, then)
+
+    def derive(self, checkpoint: Path, nimg: int) -> None:
+        """What the plan has made from this checkpoint. Main process only."""
+        if nimg in self.plan.exports:
+            self.outputs.export(checkpoint)
+        if self.plan.snapshots(nimg):
+            self.outputs.snapshot_ema(checkpoint)
 
     def _state(self) -> RunState:
         seconds = self.seconds_before + time.perf_counter() - self.began

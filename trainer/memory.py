@@ -83,14 +83,14 @@ def memory_of(
 
     moments = 2 * (whole if stage == 0 else part)
     masters = part if stage else 0.0
-    averages = len(train.ema_decays) * part
+    averages = len(train.averages) * part
     if stage == 0 or (stage == 1 and (accumulates or not overlaps)):
         gradients = float(whole)
     else:
         kept = 0 if offloaded else 2 if stage == 2 and accumulates else 1
         gradients = kept * part + FLOAT * max(sizes)
     bucket = FLOAT * min(int(zero.get("reduce_bucket_size", 0)), params)
-    snapshot = part * (1 + 2 + len(train.ema_decays))
+    snapshot = part * (1 + 2 + len(train.averages))
     host = snapshot
     if offloaded:
         host += masters + moments + averages + 2 * part  # gradients, and a buffer on the way there or back

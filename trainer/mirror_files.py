@@ -1,7 +1,7 @@
 """What of a run or study folder is mirrored, in which order, and what of it the mirror is known to have.
 
-Names are paths below the folder, with slashes. Folders under `checkpoints/` and `exports/` are sealed: they are
-complete if they hold a manifest, and never change. All other files are plain.
+Names are paths below the folder, with slashes. Folders of images seen under those of `_SEALED_IN` are sealed: they
+are complete if they hold a manifest, and never change. All other files are plain.
 """
 
 from __future__ import annotations
@@ -22,8 +22,9 @@ from data_pipeline.errors import UserError
 from data_pipeline.files import held, write_atomic
 
 MANIFEST = "manifest.json"
-_SEALED = re.compile(r"((?:.+/)?(?:checkpoints|exports)/\d+)/[^/]+")
-_UNDER_SEALED = re.compile(r"(?:.+/)?(?:checkpoints|exports)/.+")
+_SEALED_IN = "checkpoints|exports|ema_snapshots|posthoc_ema"
+_SEALED = re.compile(rf"((?:.+/)?(?:{_SEALED_IN})/\d+)/[^/]+")
+_UNDER_SEALED = re.compile(rf"(?:.+/)?(?:{_SEALED_IN})/.+")
 _RUN = re.compile(r"trials/[^/]+/")
 # What says that something is there or done comes after it.
 _LATE = re.compile(

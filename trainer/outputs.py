@@ -1,4 +1,4 @@
-"""What a run leaves behind beside its checkpoints: exports, and grids of samples from them."""
+"""What a run leaves behind beside its checkpoints: exports, grids of samples from them, snapshots of averages."""
 
 from __future__ import annotations
 
@@ -26,6 +26,14 @@ class Outputs:
     def export(self, checkpoint: Path) -> None:
         """Write the export of a checkpoint, where it is not there yet."""
         self._undrawn.append(write_export(checkpoint, self._folder.exports, run_id=self._folder.identity()["id"]))
+
+    def snapshot_ema(self, checkpoint: Path) -> None:
+        """Keep a checkpoint's averages of power profile for good, where they are not yet: an export of these alone."""
+        train = self._config.train
+        write_export(
+            checkpoint, self._folder.ema_snapshots, run_id=self._folder.identity()["id"], kinds=train.profiles,
+            dtype=torch.float16 if train.ema_snapshot_precision == "fp16" else torch.float32,
+        )  # fmt: skip
 
     def draw_samples(self) -> None:
         """The grids of the exports made since. Not beside a step that is computed: they need the device."""

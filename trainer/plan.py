@@ -50,22 +50,31 @@ class Disk:
     num_exports: int
     num_saves: int  # checkpoints written in all
     num_kept: int  # of them, at the end
+    snapshot: float  # of the averages of power profile
+    num_snapshots: int
 
     @property
     def peak(self) -> float:
         """With one more checkpoint while the newest is being written."""
-        return self.num_exports * self.export + (self.num_kept + 1) * self.checkpoint
+        for_good = self.num_exports * self.export + self.num_snapshots * self.snapshot
+        return for_good + (self.num_kept + 1) * self.checkpoint
 
 
 def disk_of(config: RunConfig, plan: Milestones, cost: ModelCost) -> Disk:
-    """Exports hold the weights and their averages, checkpoints also two moments, all in float32."""
+    """Exports hold the weights and their averages, checkpoints also two moments, all in float32.
+
+    Snapshots hold the averages of power profile alone.
+    """
     train = config.train
-    every = plan.checkpoint_every
-    saves = plan.exports | (set(range(every, plan.total + 1, every)) if every else set())
+    saves, snapshots = plan.all_saves, plan.all_snapshots
     newest = set(sorted(saves)[-train.keep_checkpoints :])
     num_kept = len(kept_for_good(saves, train.keep_every_images) | newest)
-    tensors, params = 1 + len(train.ema_decays), FLOAT * cost.num_params
-    return Disk(params * tensors, params * (tensors + 2), len(plan.exports), len(saves), num_kept)
+    tensors, params = 1 + len(train.averages), FLOAT * cost.num_params
+    share = 0.5 if train.ema_snapshot_precision == "fp16" else 1.0
+    return Disk(
+        params * tensors, params * (tensors + 2), len(plan.exports), len(saves), num_kept,
+        snapshot=share * params * len(train.profiles), num_snapshots=len(snapshots),
+    )  # fmt: skip
 
 
 def choices(config: RunConfig, num_processes: int, *, limit: float | None, device: str) -> list[Choice]:
@@ -122,11 +131,21 @@ def plan_text(
         f"exports      {disk.num_exports}, at {_some(sorted(plan.exports))} images: {size(disk.export)} each",
         f"checkpoints  {disk.num_saves} written, {size(disk.checkpoint)} each; kept: the newest "
         f"{config.train.keep_checkpoints}" + (f", and one every {kept_for_good:,} images" if kept_for_good else ""),
+        *_snapshot_lines(config, plan, disk),
         f"disk         {size(disk.peak)} at most, samples and metrics apart",
         "",
         *_memory_lines(choices(config, num_processes, limit=limit, device=device), micro, limit),
     ]
     return "\n".join(lines)
+
+
+def _snapshot_lines(config: RunConfig, plan: Milestones, disk: Disk) -> list[str]:
+    if plan.ema_snapshot_every is None:
+        return []
+    return [
+        f"snapshots    {disk.num_snapshots}, of {', '.join(config.train.profiles)}: {size(disk.snapshot)} each, every "
+        f"{plan.ema_snapshot_every:,} images and at the end"
+    ]
 
 
 _COLUMNS = (

@@ -26,6 +26,7 @@ _MAY_CHANGE_IN = {
     "train": {
         "micro_batch", "budget_images", "budget_flops", "log_every_images", "checkpoint_every_images",
         "keep_checkpoints", "keep_every_images", "max_skipped_steps", "export_images", "sample_grid",
+        "ema_snapshot_every_images", "ema_snapshot_precision",
     },
 }  # fmt: skip
 
@@ -43,6 +44,14 @@ class RunFolder:
     @property
     def exports(self) -> Path:
         return self.path / "exports"
+
+    @property
+    def ema_snapshots(self) -> Path:
+        return self.path / "ema_snapshots"
+
+    @property
+    def posthoc_ema(self) -> Path:
+        return self.path / "posthoc_ema"
 
     @property
     def samples(self) -> Path:
@@ -98,8 +107,9 @@ class RunFolder:
         Raises ConfigError naming each setting in which the folder's run differs.
         """
         self.path.mkdir(parents=True, exist_ok=True)
-        for unfinished in (*self.checkpoints.glob(".*.tmp"), *self.exports.glob(".*.tmp")):
-            shutil.rmtree(unfinished, ignore_errors=True)  # an earlier life was killed while it wrote
+        for written in (self.checkpoints, self.exports, self.ema_snapshots):
+            for unfinished in written.glob(".*.tmp"):
+                shutil.rmtree(unfinished, ignore_errors=True)  # an earlier life was killed while it wrote
         stored = self.path / "config.yaml"
         if stored.exists():
             check_same_run(load_config(stored), config, self.path)

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 Shape = tuple[int, ...]
-_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.int64: "I64"}  # those that are kept
+_DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.int64: "I64"}  # those that are kept
 _ALIGNMENT = 8
 _CHUNK = 16 << 20
 

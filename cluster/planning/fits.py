@@ -20,7 +20,7 @@ from data_pipeline.words import size
 from trainer.memory import largest_that_fits, remedies
 from trainer.micro_batch import USABLE
 
-_KEPT = ("exports", "checkpoints")  # the folders of a run that its disk space is reckoned for
+_KEPT = ("exports", "checkpoints", "ema_snapshots")  # the folders of a run that its disk space is reckoned for
 
 
 def check_fits_devices(

@@ -20,12 +20,16 @@ from trainer import deepspeed_settings as deepspeed_settings_module
 from trainer.checkpoint import CheckpointReader, list_checkpoints, newest_valid
 from trainer.config import RunConfig, load_config
 from trainer.deepspeed_settings import deepspeed_settings
+from trainer.ema_rules import Exponential, PowerProfile
 from trainer.export import open_export
 from trainer.memory import memory_of
 from trainer.tracking.records import TrainRecord, read_train_records
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
-DECAYS = {"ema": 0.9, "ema_0.5": 0.5, "ema_0.99": 0.99}
+AVERAGES = {
+    "ema": Exponential(0.9), "ema_0.5": Exponential(0.5), "ema_0.99": Exponential(0.99),
+    "power_0.05": PowerProfile(0.05), "power_0.2": PowerProfile(0.2),
+}  # fmt: skip
 EVERY_STEP = ["train.checkpoint_every_images=8", "train.log_every_images=8"]
 
 CHOICES: dict[str, list[str]] = {
@@ -72,8 +76,8 @@ def runs(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     scenarios = {name: [*EVERY_STEP, *overrides] for name, overrides in CHOICES.items()}
     scenarios |= {"searching-in-two": [*scenarios["searching"], "train.budget_images=24"]}
     for stage in range(4):
-        decays = ["train.extra_ema_decays=[0.5,0.99]", f"engine.zero_stage={stage}"]
-        scenarios |= {f"averages-{stage}": [*EVERY_STEP, *decays]}
+        averages = ["train.extra_ema_decays=[0.5,0.99]", "train.ema_profiles=[0.05,0.2]"]
+        scenarios |= {f"averages-{stage}": [*EVERY_STEP, *averages, f"engine.zero_stage={stage}"]}
     run_scenarios("train_scenarios", tiny_config, folder, 2, scenarios)
     run_scenarios("train_scenarios", tiny_config, folder, 2, {"searching-in-two": scenarios["searching"]})
     return folder
@@ -124,17 +128,16 @@ def test_averages_are_those_of_the_whole_weights_bit_for_bit(runs: Path, stage: 
     run = runs / f"averages-{stage}"
     history = [tensors(run, checkpoint=path.name) for path in reversed(list_checkpoints(run / "checkpoints"))]
     start = initial_weights(runs)
-    for name, decay in DECAYS.items():
+    for name, rule in AVERAGES.items():
         averages = {key: value.clone() for key, value in start.items()}
         for step, weights in enumerate(history):
-            now = min(decay, (1 + step) / (10 + step))
             for key in averages:
-                averages[key].lerp_(weights[key], 1 - now)
+                averages[key].lerp_(weights[key], 1 - rule.decay(step))
         kept = tensors(run, name)
         assert all(torch.equal(averages[key], kept[key]) for key in averages), name
         exported = open_export(run / "exports" / "000000000048").tensors(name)
         assert all(torch.equal(averages[key], exported[key]) for key in averages), name
-    assert open_export(run / "exports" / "000000000048").weights_sha256.keys() == {*DECAYS, "model"}
+    assert open_export(run / "exports" / "000000000048").weights_sha256.keys() == {*AVERAGES, "model"}
 
 
 def initial_weights(runs: Path) -> dict[str, Tensor]:

@@ -15,7 +15,10 @@ import torch
 from ranks import run_ranks
 from safetensors.torch import load_file
 
+from trainer.export import open_export
+
 HALF, FULL = 24, 48
+PROFILES = ["train.ema_profiles=[0.1]", "train.ema_snapshot_every_images=24"]
 IMPORTANCE = ["diffusion.objective=vlb", "diffusion.timestep_sampler=loss_second_moment", "diffusion.num_timesteps=4"]
 # Everything about the inputs that depends on an image's place in the global batch, in one run.
 PLACES = ["diffusion.prediction=v", "diffusion.timestep_sampler=stratified", "model.num_classes=4",
@@ -25,7 +28,7 @@ PLACES = ["diffusion.prediction=v", "diffusion.timestep_sampler=stratified", "mo
 def weights(run: Path, nimg: int = FULL) -> dict[str, torch.Tensor]:
     export = run / "exports" / f"{nimg:012d}"
     tensors = {}
-    for kind in ("model", "ema"):
+    for kind in ("model", "ema", "power_0.1"):
         tensors |= {f"{kind}.{name}": t for name, t in load_file(export / f"{kind}.safetensors").items()}
     return tensors
 
@@ -37,6 +40,13 @@ def relative_difference(run: Path, other: Path) -> float:
     square = sum(float((ours[name].double() - theirs[name].double()).square().sum()) for name in ours)
     norm = sum(float(theirs[name].double().square().sum()) for name in theirs)
     return (square / norm) ** 0.5
+
+
+def snapshots(run: Path) -> dict[str, str]:
+    """The checksums of the averages that are kept, by images seen."""
+    folders = sorted((run / "ema_snapshots").iterdir())
+    assert [folder.name for folder in folders] == [f"{nimg:012d}" for nimg in (HALF, FULL)]
+    return {folder.name: open_export(folder).weights_sha256["power_0.1"] for folder in folders}
 
 
 def losses(run: Path) -> dict[int, float]:
@@ -62,7 +72,7 @@ def runs(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     # Adam then turns the rounding noise of its zero gradient into steps that differ between layouts. (Elements with
     # tiny gradients do so in any net: weights are compared as a whole, the loss closely.)
     def scenario(name: str, stage: int, *more: str) -> list[str]:
-        return [f"run.folder={base / name}", f"engine.zero_stage={stage}", "model.channels=40", *more]
+        return [f"run.folder={base / name}", f"engine.zero_stage={stage}", "model.channels=40", *PROFILES, *more]
 
     for world in (1, 2):
         whole = [scenario(f"s{stage}w{world}", stage) for stage in (0, 1, 2, 3)]
@@ -100,6 +110,7 @@ def test_resume_on_the_same_layout_is_bit_exact(runs: Path, stage: int) -> None:
     assert (resumed / f"metrics.{HALF}.jsonl").exists()  # it did resume, not start again
     assert relative_difference(resumed, straight) == 0.0
     assert losses(resumed)[FULL] == losses(straight)[FULL]
+    assert snapshots(resumed) == snapshots(straight)
 
 
 def test_stratified_draws_and_dropped_classes_are_the_global_batchs(runs: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -71,6 +72,20 @@ def test_disk_space_of_exports_and_kept_checkpoints(tiny_config: Path) -> None:
     off = ["train.checkpoint_every_images=16", "train.keep_every_images=25", "train.keep_checkpoints=1"]
     config = load_config(tiny_config, [*overrides, *off])
     assert disk_of(config, Milestones.create(config, cost), cost).num_kept == 3  # 32 from 25 on, 64 from 50 on, and 80
+
+
+def test_disk_space_of_snapshots(tiny_config: Path) -> None:
+    overrides = ["train.ema_profiles=[0.05,0.1]", "train.ema_snapshot_every_images=16", "train.keep_checkpoints=1"]
+    config = load_config(tiny_config, overrides)
+    cost = count(config.model, config.diffusion)
+    disk = disk_of(config, Milestones.create(config, cost), cost)
+    assert (disk.snapshot, disk.num_snapshots) == (4 * 2 * cost.num_params, 3)  # at 16, 32 and 48
+    assert disk.num_saves == 4  # and at the export of 24
+    assert disk.peak == 2 * disk.export + 2 * disk.checkpoint + 3 * disk.snapshot
+    text = plan_text(config, 2, **ASSUMED)  # type: ignore[arg-type]
+    assert re.search(r"snapshots +3, of power_0\.05, power_0\.1: .* each, every 16 images and at the end", text)
+    half = load_config(tiny_config, [*overrides, "train.ema_snapshot_precision=fp16"])
+    assert disk_of(half, Milestones.create(half, cost), cost).snapshot == disk.snapshot / 2
 
 
 def test_json_has_the_same_figures(

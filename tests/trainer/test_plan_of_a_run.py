@@ -23,3 +23,11 @@ def test_moments_are_moved_up_to_the_end_of_a_step(tiny_config: Path) -> None:
     assert (plan.total, plan.log_every, plan.checkpoint_every) == (48, 8, 16)
     assert plan.exports == {8, 24, 48}  # 500 lies beyond the budget; the end is always exported
     assert [n for n in range(8, 49, 8) if plan.saves(n)] == [8, 16, 24, 32, 48]
+
+
+def test_snapshots_of_averages_are_made_from_checkpoints(tiny_config: Path) -> None:
+    overrides = ["train.ema_profiles=[0.1]", "train.ema_snapshot_every_images=15", "train.budget_images=40"]
+    plan = Milestones.create(load_config(tiny_config, [*overrides, "train.export_images=[]"]), COST)
+    assert [n for n in range(8, 41, 8) if plan.snapshots(n)] == [16, 32, 40]
+    assert [n for n in range(8, 41, 8) if plan.saves(n)] == [16, 32, 40]
+    assert plan.all_snapshots == plan.all_saves == {16, 32, 40}
