@@ -31,6 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from trainer.checkpoint import MANIFEST, list_checkpoints, verify
+from trainer.config import load_config
 from trainer.ports import free_port
 from trainer.tracking.records import read_train_records
 
@@ -38,8 +39,11 @@ from trainer.tracking.records import read_train_records
 EVERYWHERE = ("before the shard", "in the shard", "after the shard")
 ON_MAIN = (
     "before the manifest", "before the rename", "after the rename", "before the export", "in the export",
-    "before the export's rename", "before the removal", "in the removal",
+    "before the export's rename", "before the snapshot", "in the snapshot", "before the snapshot's rename",
+    "before the removal", "in the removal",
 )  # fmt: skip
+# What is made from a checkpoint, by its folder in the run's.
+MADE = {"exports": "export", "ema_snapshots": "snapshot"}
 # What a life imports; compile_fx stands for all that DeepSpeed and torch import at the first step.
 _PRELOAD = ["deepspeed", "torch._inductor.compile_fx", "trainer.loop", "trainer.run"]
 PATIENCE = 60.0  # seconds in which the others must end by themselves when one process is killed, ...
@@ -155,24 +159,24 @@ class _Hooks:
     def _rename(self, real: Callable[..., None], source: Any, target: Any, **kwargs: Any) -> None:
         kind = Path(source).parent.name if str(source).endswith(".tmp") else ""
         if kind:
-            self.point({"checkpoints": "before the rename", "exports": "before the export's rename"}[kind])
+            self.point("before the rename" if kind == "checkpoints" else f"before the {MADE[kind]}'s rename")
         real(source, target, **kwargs)
         if kind == "checkpoints":
             self.point("after the rename")
 
-    def _write_export(self, real: Callable[..., Path], checkpoint: Path, *args: Any, **kwargs: Any) -> Path:
-        self.point("before the export")
+    def _write_export(self, real: Callable[..., Path], checkpoint: Path, folder: Path, **kwargs: Any) -> Path:
+        self.point(f"before the {MADE[folder.name]}")
         self.event("exporting", int(checkpoint.name))
-        path = real(checkpoint, *args, **kwargs)
+        path = real(checkpoint, folder, **kwargs)
         self.event("exported", int(checkpoint.name))
         return path
 
     def _write_tensors(self, real: Callable[..., Any], path: Path, specs: Any, read: Callable[[str], Tensor]) -> Any:
-        middle = list(specs)[len(specs) // 2]
+        middle, made = list(specs)[len(specs) // 2], MADE[path.parents[1].name]
 
         def read_on(name: str) -> Tensor:
             if name == middle:
-                self.point("in the export")
+                self.point(f"in the {made}")
             return read(name)
 
         return real(path, specs, read_on)
@@ -406,7 +410,7 @@ class KilledRun:
         """What a life left: nothing half-made under a good name, and nothing lost but what was not saved yet."""
         for path in list_checkpoints(self.folder / "checkpoints"):
             assert verify(path) is None, (path, verify(path), life.text())
-        for path in self.folder.glob("exports/0*"):
+        for path in made_from_checkpoints(self.folder):
             assert verify(path) is None, (path, verify(path), life.text())
         # A save waits for the one before it: at most the last one begun may be missing.
         begun = [nimg for _, nimg, what in life.events() if what == "writing"]
@@ -445,28 +449,33 @@ def assert_same_checkpoint(ours: Path, theirs: Path) -> None:
         assert mine.keys() == others.keys()
         assert all(torch.equal(mine[key], others[key]) for key in others), (ours, name)
     kinds = {key.split("|")[0] for name in tensors if name.startswith("rank-") for key in tensors[name]}
-    assert kinds == {"weight", "exp_avg", "exp_avg_sq", "ema"}
+    assert kinds == {"weight", "exp_avg", "exp_avg_sq", *load_config(ours / "config.yaml").train.averages}
     state, other_state = (json.loads((c / "state.json").read_text()) for c in (ours, theirs))
     assert all(state[key] == other_state[key] for key in ("nimg", "num_updates", "compute", "data_fingerprint"))
 
 
 def assert_same_run(run: Path, straight: Path) -> None:
-    """Bit for bit: the last checkpoint, all exports, and what was logged."""
+    """Bit for bit: the last checkpoint, all exports and snapshots, and what was logged."""
     ours, theirs = newest_checkpoint(run), newest_checkpoint(straight)
     assert ours is not None
     assert theirs is not None
     assert ours.name == theirs.name
     assert_same_checkpoint(ours, theirs)
-    assert exports(run) == exports(straight)
+    assert exported(run) == exported(straight)
     assert logged(run) == logged(straight)
 
 
-def exports(run: Path) -> dict[str, str]:
-    """Checksums of all exported weights."""
+def made_from_checkpoints(run: Path) -> list[Path]:
+    """Exports, and snapshots of averages."""
+    return [path for folder in MADE for path in run.glob(f"{folder}/0*")]
+
+
+def exported(run: Path) -> dict[str, str]:
+    """Checksums of all weights in them."""
     found: dict[str, str] = {}
-    for path in run.glob("exports/0*"):
+    for path in made_from_checkpoints(run):
         files = json.loads((path / MANIFEST).read_text())["files"]
-        found |= {f"{path.name}/{n}": e["sha256"] for n, e in files.items() if n.endswith(".safetensors")}
+        found |= {f"{path.relative_to(run)}/{n}": e["sha256"] for n, e in files.items() if n.endswith(".safetensors")}
     return found
 
 

@@ -48,7 +48,8 @@ def command(tiny_config: Path) -> list[str]:
 def budget(images: int, checkpoint_every: int, export_every: int) -> list[str]:
     moments = list(range(export_every, images + 1, export_every))
     return [f"train.budget_images={images}", f"train.checkpoint_every_images={checkpoint_every}",
-            f"train.export_images={moments}", "train.keep_checkpoints=1"]  # fmt: skip
+            f"train.export_images={moments}", "train.keep_checkpoints=1",
+            "train.ema_profiles=[0.1]", f"train.ema_snapshot_every_images={export_every}"]  # fmt: skip
 
 
 def train_straight(arguments: list[str], folder: Path, world_size: int = 2) -> Life:
