@@ -49,6 +49,12 @@ class PowerProfile:
         """What it is called in checkpoints and exports, such as "power_0.05"."""
         return f"power_{self.sigma_rel:g}"
 
+    @classmethod
+    def from_name(cls, name: str) -> PowerProfile | None:
+        """The profile that is called so; None for other names."""
+        kind, _, length = name.partition("_")
+        return cls(float(length)) if kind == "power" else None
+
     @cached_property
     def gamma(self) -> float:
         """The exponent: where `sigma_rel_of` gives the length. It falls in gamma >= 0, and halving finds the float."""

@@ -80,6 +80,7 @@ class EvaluationConfig(Section):
     flops: tuple[FiniteFloat, ...] | None = None  # or where all sizes have had so much compute, and the budget
     nll: NllConfig | None = NllConfig()
     distance: DistanceConfig | None = None
+    weights: str = "ema"  # which are measured: an average that the trials track, such as power_0.1, or model, the bare
     seed: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")

@@ -113,6 +113,11 @@ def _with_seeds(
             f"{source}: train.global_batch={draft.train.global_batch} cannot be shared by "
             f"resources.num_processes={study.resources.num_processes}; choose a divisor."
         )
+    if evaluated and study.evaluation.weights not in (there := (*draft.train.averages, "model")):
+        raise ConfigError(
+            f"{source}: evaluation.weights={study.evaluation.weights} is none of its {', '.join(there)}; name one of "
+            "them, or track it: settings: train.ema_profiles or train.extra_ema_decays."
+        )
     cost = count(draft.model, draft.diffusion)
     batch = draft.train.global_batch
     total = _step_end(budget.images or (budget.flops or 0.0) / cost.train_flops, batch)

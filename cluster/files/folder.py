@@ -292,7 +292,7 @@ def requests(study: StudyConfig, trial: Trial, nimg: int) -> list[Any]:
     wanted = study.evaluation
     folders = {"test": wanted.test, "train": trial.config.data.train}
     threads = None if study.resources.eval_gpus else max(1, int(study.resources.eval_cpus))
-    common: dict[str, Any] = {"seed": wanted.seed, "num_threads": threads}
+    common: dict[str, Any] = {"weights": wanted.weights, "seed": wanted.seed, "num_threads": threads}
     found = []
     if wanted.nll is not None:
         calls = {"test": wanted.nll.num_calls, "train": wanted.nll.train_num_calls or wanted.nll.num_calls}

@@ -12,6 +12,7 @@ from cluster.definition.ladder import Ladder, value_name
 from cluster.definition.shapes import eval_shape, trial_shapes
 from cluster.definition.spec import StudyConfig, load_study, nest
 from cluster.definition.trials import Trial, log_spaced, make_trials
+from cluster.files.folder import requests
 from cluster.scheduling.jobs import Resources, Shape
 from data_pipeline.errors import ConfigError
 from trainer.config import save_config, validate
@@ -329,6 +330,19 @@ def test_where_fewer_processes_may_go_on_none_needs_more_memory(study_file: Path
 
 def test_an_evaluation_process_takes_what_the_study_says(study_file: Path) -> None:
     assert eval_shape(load_study(study_file, ["resources={eval_cpus: 3, eval_gpus: 1}"])) == Shape(Resources(3, 1))
+
+
+def test_the_averages_that_are_measured_are_ones_that_the_trials_track(study_file: Path) -> None:
+    def wanted(*overrides: str) -> set[str]:
+        study = load_study(study_file, overrides)
+        return {request.weights for trial in make_trials(study) for request in requests(study, trial, 104)}
+
+    profile = "settings.train.ema_profiles=[0.05,0.1]"
+    assert wanted() == {"ema"}
+    assert wanted("evaluation.weights=model") == {"model"}
+    assert wanted("evaluation.weights=power_0.1", profile) == {"power_0.1"}
+    with pytest.raises(ConfigError, match=r"evaluation\.weights=power_0\.1 is none of its ema, model; .*ema_profiles"):
+        wanted("evaluation.weights=power_0.1")
 
 
 def test_log_spacing() -> None:

@@ -15,6 +15,7 @@ from trainer.models import count
 K = 1000
 NOT_PUBLISHED = {
     "cifar10/classifier_small",
+    "cifar10/ema_profiles",
     "cifar10/min_snr",
     "cifar10/sigmoid",
     "cifar10/small",
@@ -105,5 +106,5 @@ def test_published_presets_are_what_was_published(name: str) -> None:
 def test_an_unknown_preset_lists_the_close_ones() -> None:
     with pytest.raises(ConfigError, match=r"--preset imagenet64/hybird.*imagenet64/hybrid"):
         find_preset("imagenet64/hybird")
-    with pytest.raises(ConfigError, match=r"known: cifar10/hybrid, .*lsun256/bedroom"):
+    with pytest.raises(ConfigError, match=r"known: cifar10/ema_profiles, .*lsun256/bedroom"):
         find_preset("qqq")
