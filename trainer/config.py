@@ -69,6 +69,7 @@ class TrainConfig(Section):
     betas: tuple[float, float] = (0.9, 0.999)
     weight_decay: float = Field(0.0, ge=0)
     warmup_images: int = Field(0, ge=0)  # the learning rate rises linearly over these
+    lr_decay: Literal["none", "linear"] = "none"  # linear: it falls to 0 at the end of the budget, warm-up apart
     class_dropout: float = Field(0.0, ge=0, lt=1)  # share of the labels replaced by the null class
     grad_clip: float = Field(0.0, ge=0)  # largest global gradient norm; 0: no clipping
     ema_decay: float = Field(0.9999, ge=0, lt=1)  # a step; the start uses min(ema_decay, (1 + step) / (10 + step))
@@ -355,7 +356,7 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
             part: Any = OmegaConf.to_container(OmegaConf.from_dotlist([word]), resolve=True)
         except (yaml.YAMLError, OmegaConfBaseException) as error:
             raise ConfigError(f"argument {word!r} cannot be read: {error}") from None
-        tree = merge(tree, part)
+        tree = laid_over(tree, part)
     return tree
 
 
@@ -364,15 +365,18 @@ def merge(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
 
     So is a model by one of another name, of which it keeps what all networks have.
     """
+    old, new = under.get("model"), over.get("model")
+    if isinstance(old, dict) and isinstance(new, dict) and new.get("name") not in (None, old.get("name", "unet")):
+        under = under | {"model": {k: v for k, v in old.items() if k in ModelConfig.model_fields}}
+    return laid_over(under, over)
+
+
+def laid_over(under: dict[str, Any], over: dict[str, Any]) -> dict[str, Any]:
+    """The same, of trees that are parts of one: of a model with another name everything is kept."""
     result = dict(under)
     for key, value in over.items():
         old = result.get(key)
-        if not (isinstance(old, dict) and isinstance(value, dict)):
-            result[key] = value
-            continue
-        if key == "model" and "name" in value and value["name"] != old.get("name", "unet"):
-            old = {k: v for k, v in old.items() if k in ModelConfig.model_fields}
-        result[key] = merge(old, value)
+        result[key] = laid_over(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
     return result
 
 

@@ -19,7 +19,7 @@ Settings = dict[str, Any]
 # A block of these that is switched off is harmless, and left out.
 _REFUSED = {
     "optimizer": "the optimizer is AdamW; set train.lr, train.betas, train.weight_decay",
-    "scheduler": "set train.lr and train.warmup_images",
+    "scheduler": "set train.lr, train.warmup_images and train.lr_decay",
     "fp16": "set engine.precision=fp16",
     "bf16": "set engine.precision=bf16",
     "bfloat16": "set engine.precision=bf16",

@@ -45,6 +45,7 @@ from trainer.milestones import Milestones
 from trainer.mirror import MirrorProcess
 from trainer.models import ModelCost, build_model, count
 from trainer.noise_scale import NoiseScale
+from trainer.optimizer import learning_rate
 from trainer.outputs import Outputs
 from trainer.peak import peak_flops
 from trainer.processes import Processes, StopAgreement, StopRequest
@@ -217,7 +218,7 @@ class Run:
 
     def step(self, inputs: StepInputs) -> None:
         """One update from this process's share of a global batch, which begins at image nimg."""
-        self.lr = self.learning_rate()
+        self.lr = learning_rate(self.config.train, self.nimg, self.plan.total)
         self.last_step = []
         each: list[Tensor] = []
         total = torch.zeros((), device=self.processes.device)
@@ -272,13 +273,6 @@ class Run:
         """Tell the timestep sampler what all processes saw, in order of global position."""
         if self.timesteps.needs_losses:
             self.timesteps.update(self.processes.all_gather_flat(t), self.processes.all_gather_flat(losses))
-
-    def learning_rate(self) -> float:
-        """The rate of the step that begins at nimg: a linear warm-up, then constant."""
-        train = self.config.train
-        if not train.warmup_images:
-            return train.lr
-        return train.lr * min(1.0, (self.nimg + train.global_batch) / train.warmup_images)
 
     # ---- what it leaves behind ----------------------------------------------------------------------------------
 

@@ -13,9 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.config import EngineConfig
+from trainer.config import EngineConfig, TrainConfig
 
 GROWTH = 2.0  # of the loss scale, after a window without overflows; an overflow divides by it
+
+
+def learning_rate(config: TrainConfig, nimg: int, total: int) -> float:
+    """The rate of the step that begins at image nimg of `total`: a linear warm-up, and a linear fall if so asked."""
+    rate = config.lr
+    if config.warmup_images:
+        rate *= min(1.0, (nimg + config.global_batch) / config.warmup_images)
+    return rate * (1 - nimg / total) if config.lr_decay == "linear" else rate
 
 
 @dataclass

@@ -164,6 +164,12 @@ def _read_json(path: Path, remedy: str) -> dict[str, Any]:
     return value
 
 
+def _may_change(section: str, config: RunConfig) -> set[str]:
+    """A section's keys that may; where the learning rate falls towards the budget's end, that end stays."""
+    keys = _MAY_CHANGE_IN.get(section, set())
+    return keys if config.train.lr_decay == "none" else keys - {"budget_images", "budget_flops"}
+
+
 def check_same_run(old: RunConfig, new: RunConfig, path: Path) -> None:
     """Raises ConfigError, naming each setting, where `new` would not continue the run of `old` in `path`."""
     before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
@@ -176,7 +182,7 @@ def check_same_run(old: RunConfig, new: RunConfig, path: Path) -> None:
                 differing.append(f"{section}: {before[section]} -> {value}")
             continue
         for key, new_value in value.items():
-            if key not in _MAY_CHANGE_IN.get(section, set()) and new_value != before[section][key]:
+            if key not in _may_change(section, new) and new_value != before[section][key]:
                 differing.append(f"{section}.{key}: {before[section][key]} -> {new_value}")
     if differing:
         raise ConfigError(

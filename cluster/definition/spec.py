@@ -14,7 +14,7 @@ from pydantic import Field, FiniteFloat, field_validator, model_validator
 
 from cluster.definition.ladder import OF_THE_STUDY, Ladder
 from data_pipeline.errors import ConfigError
-from trainer.config import merge, parse_overrides, read_tree, validate
+from trainer.config import laid_over, merge, parse_overrides, read_tree, validate
 from trainer.mirror_store import shown, url_problem
 from trainer.sampling_config import SamplingConfig
 from trainer.section import Place, Section
@@ -246,7 +246,7 @@ def nest(settings: dict[str, Any]) -> dict[str, Any]:
         part: Any = value
         for name in reversed(dotted.split(".")):
             part = {name: part}
-        tree = merge(tree, part)
+        tree = laid_over(tree, part)
     return tree
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from data_pipeline.errors import ConfigError
 from trainer.config import RunConfig, load_config, save_config
+from trainer.model_config import ClassifierConfig
 from trainer.run_folder import check_same_run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -158,3 +159,12 @@ def test_missing_sections_are_listed(tmp_path: Path) -> None:
         load_config(path)
     assert all(f"{key}: missing" in str(caught.value) for key in ("run", "data", "model", "train"))
     assert RunConfig.model_fields.keys() >= {"run", "data", "model", "train"}
+
+
+def test_the_order_of_overrides_does_not_matter_for_another_network(tiny_config: Path) -> None:
+    words = ["model.pool=adaptive", "model.num_classes=2", "model.name=classifier", "diffusion.objective=cross_entropy"]
+    kept = ["model.channels=8", "model.channel_mult=[1,2]", "model.num_res_blocks=1", "model.num_heads=1"]
+    one, other = (load_config(tiny_config, order) for order in ([*words, *kept], [*kept, *reversed(words)]))
+    assert one == other
+    assert isinstance(one.model, ClassifierConfig)
+    assert one.model.pool == "adaptive"

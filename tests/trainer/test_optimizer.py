@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from trainer.config import EngineConfig
-from trainer.optimizer import GuardedAdamW, LossScale
+from data_pipeline.errors import ConfigError
+from trainer.config import EngineConfig, RunConfig, TrainConfig, load_config
+from trainer.optimizer import GuardedAdamW, LossScale, learning_rate
+from trainer.run_folder import check_same_run
 
 DEVICE = torch.device("cpu")
 
@@ -117,3 +120,31 @@ def test_the_norm_is_of_all_processes_gradients() -> None:
     parameter.grad = gradient.clone()
     optimizer.step()
     torch.testing.assert_close(optimizer.grad_norm, 2 * gradient.norm())
+
+
+# ---- the learning rate ---------------------------------------------------------------------------------------------
+
+
+def rates(**settings: object) -> list[float]:
+    config = TrainConfig.model_validate({"global_batch": 10, "lr": 0.5, "budget_images": 100} | settings)
+    return [learning_rate(config, nimg, 100) for nimg in range(0, 100, 10)]
+
+
+def test_the_rate_is_constant_or_falls_to_zero_after_the_last_step() -> None:
+    assert rates() == [0.5] * 10
+    assert rates(warmup_images=20) == [0.25, *[0.5] * 9]
+    # Dhariwal & Nichol's classifiers: lr * (1 - step / steps)
+    assert rates(lr_decay="linear") == pytest.approx([0.5 * (1 - step / 10) for step in range(10)])
+    assert rates(lr_decay="linear", warmup_images=20) == pytest.approx(
+        [0.25, *(0.5 * (1 - s / 10) for s in range(1, 10))]
+    )
+
+
+def test_a_budget_that_the_rate_falls_towards_is_kept(tiny_config: Path) -> None:
+    def config(budget: int, decay: str) -> RunConfig:
+        return load_config(tiny_config, [f"train.budget_images={budget}", f"train.lr_decay={decay}"])
+
+    check_same_run(config(40, "none"), config(80, "none"), Path("run"))
+    check_same_run(config(40, "linear"), config(40, "linear"), Path("run"))
+    with pytest.raises(ConfigError, match=r"train\.budget_images: 40 -> 80"):
+        check_same_run(config(40, "linear"), config(80, "linear"), Path("run"))
