@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
+from openai_networks import Untold, random_state, their_function
 from torch import Tensor
 
 from data_pipeline.errors import ConfigError, UserError, run_cli
@@ -19,8 +19,8 @@ from trainer.config import RunConfig, load_config, to_yaml
 from trainer.export import Export, Weights, export_info, open_export, save_export
 from trainer.interop import improved_diffusion
 from trainer.interop.__main__ import main, parse_arguments
-from trainer.interop.convert import export_checkpoint, import_checkpoint, meta_network
-from trainer.interop.format import FileName
+from trainer.interop.convert import export_checkpoint, import_checkpoint
+from trainer.interop.format import FileName, meta_network
 from trainer.interop.presets import find_preset
 from trainer.interop.pt_files import read_pt, write_pt
 from trainer.models import build_model
@@ -116,11 +116,6 @@ THEIR_SHAPES: dict[str, tuple[int, ...]] = {
 }
 
 
-def random_state(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    return {key: 0.1 * torch.randn(shape, generator=generator) for key, shape in shapes.items()}
-
-
 def save(state: Any, path: Path, **kwargs: Any) -> Path:
     torch.save(state, path, **kwargs)
     return path
@@ -168,75 +163,7 @@ def test_other_published_networks(name: str, key: str, shape: tuple[int, ...]) -
     assert {p.theirs: p.shape for p in improved_diffusion.pairs(meta_network(preset(name)))}[key] == shape
 
 
-# The function that their weights stand for, written from the paper and by their names
-
-
-def their_function(
-    w: dict[str, Tensor], x: Tensor, t: Tensor, *, heads: int, y: Tensor | None = None, low_res: Tensor | None = None
-) -> Tensor:
-    channels = w["time_embed.0.weight"].shape[1]
-    frequencies = 10_000 ** (-torch.arange(channels // 2) / (channels // 2))
-    angles = t[:, None] * frequencies
-    emb = F.linear(torch.cat([angles.cos(), angles.sin()], 1), w["time_embed.0.weight"], w["time_embed.0.bias"])
-    emb = F.linear(F.silu(emb), w["time_embed.2.weight"], w["time_embed.2.bias"])
-    if y is not None:
-        emb = emb + w["label_emb.weight"][y]
-
-    def conv2d(name: str, h: Tensor, **kwargs: Any) -> Tensor:
-        return F.conv2d(h, w[f"{name}.weight"], w[f"{name}.bias"], **kwargs)
-
-    def norm(name: str, h: Tensor) -> Tensor:
-        return F.group_norm(h, 32, w[f"{name}.weight"], w[f"{name}.bias"])
-
-    def res(name: str, h: Tensor) -> Tensor:
-        inner = conv2d(f"{name}.in_layers.2", F.silu(norm(f"{name}.in_layers.0", h)), padding=1)
-        e = F.linear(F.silu(emb), w[f"{name}.emb_layers.1.weight"], w[f"{name}.emb_layers.1.bias"])[:, :, None, None]
-        if e.shape[1] == 2 * inner.shape[1]:
-            inner = norm(f"{name}.out_layers.0", inner) * (1 + e[:, : inner.shape[1]]) + e[:, inner.shape[1] :]
-        else:
-            inner = norm(f"{name}.out_layers.0", inner + e)
-        skip = conv2d(f"{name}.skip_connection", h) if f"{name}.skip_connection.weight" in w else h
-        return skip + conv2d(f"{name}.out_layers.3", F.silu(inner), padding=1)
-
-    def attend(name: str, h: Tensor) -> Tensor:
-        batch, width, *size = h.shape
-        flat = norm(f"{name}.norm", h).reshape(batch, width, -1)
-        qkv = F.conv1d(flat, w[f"{name}.qkv.weight"], w[f"{name}.qkv.bias"])
-        parts = []
-        for head in qkv.split(3 * width // heads, dim=1):  # every head has its own q, k and v, in this order
-            q, k, v = head.split(width // heads, dim=1)
-            scores = torch.einsum("bci,bcj->bij", q, k) / (width // heads) ** 0.5
-            parts.append(torch.einsum("bij,bcj->bci", scores.softmax(-1), v))
-        out = F.conv1d(torch.cat(parts, 1), w[f"{name}.proj_out.weight"], w[f"{name}.proj_out.bias"])
-        return h + out.reshape(batch, width, *size)
-
-    def stage(name: str, h: Tensor) -> Tensor:
-        place = 0
-        while any(key.startswith(f"{name}.{place}.") for key in w):
-            part = f"{name}.{place}"
-            if f"{part}.in_layers.2.weight" in w:
-                h = res(part, h)
-            elif f"{part}.qkv.weight" in w:
-                h = attend(part, h)
-            elif f"{part}.op.weight" in w:
-                h = conv2d(f"{part}.op", h, stride=2, padding=1)
-            elif f"{part}.conv.weight" in w:
-                h = conv2d(f"{part}.conv", h.repeat_interleave(2, 2).repeat_interleave(2, 3), padding=1)
-            else:
-                h = conv2d(part, h, padding=1)
-            place += 1
-        return h
-
-    if low_res is not None:
-        x = torch.cat([x, F.interpolate(low_res, x.shape[2:], mode="bilinear")], 1)
-    skips = []
-    for number in range(1 + max(int(key.split(".")[1]) for key in w if key.startswith("input_blocks."))):
-        x = stage(f"input_blocks.{number}", x)
-        skips.append(x)
-    x = stage("middle_block", x)
-    for number in range(len(skips)):
-        x = stage(f"output_blocks.{number}", torch.cat([x, skips.pop()], 1))
-    return conv2d("out.2", F.silu(norm("out.0", x)), padding=1)
+# The function that their weights stand for
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -251,8 +178,8 @@ def test_imported_weights_are_the_same_function(small: Path, tmp_path: Path, kin
     low_res = torch.randn(2, 3, low, low) if low else None
     with torch.no_grad():
         ours = open_export(tmp_path / "out").network("ema")(x, t, y, low_res)
-        theirs = their_function(state, x, t, heads=config.model.num_heads, y=y, low_res=low_res)
-        others = their_function(state, x, t, heads=8, y=y, low_res=low_res)
+        theirs = their_function(state, x, t, Untold(heads=config.model.num_heads), y=y, low_res=low_res)
+        others = their_function(state, x, t, Untold(heads=8), y=y, low_res=low_res)
     assert ours.abs().max() > 0.1
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert not torch.allclose(ours, others, rtol=1e-2, atol=1e-2)  # the comparison sees how heads are split

@@ -15,11 +15,11 @@ from data_pipeline.files import sha256_file
 from trainer.config import RunConfig, load_config, to_yaml
 from trainer.export import Weights, export_info, open_export, save_export
 from trainer.interop import FORMATS
-from trainer.interop.format import FileName, Format, Pair, Shape, unet_of
+from trainer.interop.format import FileName, Format, Pair, Shape, meta_network
 from trainer.interop.presets import find_preset, preset_names
 from trainer.interop.pt_files import check_is_file, read_pt, write_pt
-from trainer.models import build_model, count
-from trainer.models.unet import UNet
+from trainer.model_config import EncoderConfig
+from trainer.models import count
 
 UNKNOWN_DATA = "unknown"  # stands for the fingerprint of the training data
 WRAPPER = "module."  # what DataParallel puts before every key
@@ -58,6 +58,7 @@ def import_checkpoint(
         if path is not None:
             check_is_file(path)
     sources = _sources(checkpoint, model, form)
+    _check_known(form, config, format_name)
     nimg = images if images is not None else _images_seen(sources, config)
     network = meta_network(config)
     pairs = list(form.pairs(network))
@@ -95,6 +96,7 @@ def export_checkpoint(
     _check_parents(out)
     export = open_export(export_path)
     export.check_holds(weights)
+    _check_known(form, export.config, format_name)
     flags = form.flags(export.config)
     ours = export.tensors(weights)
     pairs = form.pairs(meta_network(export.config))
@@ -102,13 +104,11 @@ def export_checkpoint(
     return flags
 
 
-def meta_network(config: RunConfig) -> UNet:
-    """The config's network with shapes but no numbers. Raises ConfigError where it is no UNet."""
-    unet_of(config)
-    with torch.device("meta"):
-        network = build_model(config.model, config.diffusion)
-    assert isinstance(network, UNet)
-    return network
+def _check_known(form: Format, config: RunConfig, format_name: str) -> None:
+    """Raises ConfigError where the other code base has no such network."""
+    reasons = list(form.refusals(config))
+    if reasons:
+        raise ConfigError(f"{format_name} has no such network:\n" + "\n".join(f"  {reason}" for reason in reasons))
 
 
 def _check_parents(out: Path) -> None:
@@ -184,8 +184,12 @@ def _check_fit(
     raise UserError("\n".join(lines))
 
 
-def _expected_shapes(preset: str, form: Format) -> dict[str, Shape]:
-    return {pair.theirs: pair.shape for pair in form.pairs(meta_network(load_config(find_preset(preset))))}
+def _expected_shapes(preset: str, form: Format) -> dict[str, Shape] | None:
+    """What a file of the preset's network holds; None where the other code base has no such network."""
+    config = load_config(find_preset(preset))
+    if not isinstance(config.model, EncoderConfig) or any(form.refusals(config)):
+        return None
+    return {pair.theirs: pair.shape for pair in form.pairs(meta_network(config))}
 
 
 def _check_finite(path: Path, tensors: Mapping[str, Tensor]) -> None:

@@ -6,11 +6,14 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import torch
+
 from data_pipeline.errors import ConfigError
 from trainer.config import RunConfig
 from trainer.export import Weights
-from trainer.model_config import UNetConfig
-from trainer.models.unet import UNet
+from trainer.model_config import EncoderConfig
+from trainer.models import build_model
+from trainer.models.encoder import EncoderNetwork
 
 Shape = tuple[int, ...]
 
@@ -37,7 +40,10 @@ class FileName:
 class Format(Protocol):
     """The checkpoints of one code base."""
 
-    def pairs(self, network: UNet) -> Iterator[Pair]:
+    def refusals(self, config: RunConfig) -> Iterator[str]:
+        """Why it has no network that computes the same as the config's; nothing where it has one."""
+
+    def pairs(self, network: EncoderNetwork) -> Iterator[Pair]:
         """Every parameter of our network with its name and shape there, in their order."""
 
     def read_name(self, name: str) -> FileName:
@@ -50,8 +56,19 @@ class Format(Protocol):
         """Lines for a shell that tell their programs the config. Raises ConfigError for what they cannot express."""
 
 
-def unet_of(config: RunConfig) -> UNetConfig:
-    """The config's network, of the only kind that the other code bases have. Raises ConfigError for others."""
-    if not isinstance(config.model, UNetConfig):
-        raise ConfigError(f"model.name={config.model.name}: only the weights of a unet can be exchanged.")
+def encoder_of(config: RunConfig) -> EncoderConfig:
+    """The config's network, of the only kinds that the other code bases have. Raises ConfigError for others."""
+    if not isinstance(config.model, EncoderConfig):
+        raise ConfigError(
+            f"model.name={config.model.name}: only the weights of UNets and classifiers can be exchanged."
+        )
     return config.model
+
+
+def meta_network(config: RunConfig) -> EncoderNetwork:
+    """The config's network with shapes but no numbers. Raises ConfigError where it is of no kind that others have."""
+    model = encoder_of(config)
+    with torch.device("meta"):
+        network = build_model(model, config.diffusion)
+    assert isinstance(network, EncoderNetwork)
+    return network
