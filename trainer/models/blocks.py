@@ -166,8 +166,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             scores = k.transpose(-1, -2) @ (q * q.shape[-2] ** -0.5)  # [B, heads, N of k, N of q]
             attended: Tensor = v @ scores.softmax(dim=-2)
             return attended
-    # Contiguous copies are small, and without them the CPU falls back to an attention that is not fused.
-    q, k, v = (part.transpose(-1, -2).contiguous() for part in (q, k, v))  # [B, heads, N, d]
+    # Copies are small, and without them the CPU falls back to an attention that is not fused. A GPU's asks only that a
+    # position's features lie side by side, as a transformer's tokens have them.
+    q, k, v = (part.transpose(-1, -2) for part in (q, k, v))  # [B, heads, N, d]
+    if q.device.type == "cpu" or any(part.stride(-1) != 1 for part in (q, k, v)):
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
     return F.scaled_dot_product_attention(q, k, v).transpose(-1, -2)
 
 
