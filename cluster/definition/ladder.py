@@ -83,8 +83,13 @@ class Ladder(Section):
     @field_validator("rules", mode="before")
     @classmethod
     def _dotted(cls, rules: Any) -> Any:
-        """`ladder.rules.train.lr.power=-1` on the command line comes as sections, a file's `train.lr: ...` does not."""
-        return _flat(rules) if isinstance(rules, dict) else rules
+        """`ladder.rules.train.lr.power=-1` on the command line comes as sections, a file's `train.lr: ...` does not.
+
+        A rule that is null is none: so one can be taken back that a base has.
+        """
+        if not isinstance(rules, dict):
+            return rules
+        return {key: rule for key, rule in _flat(rules).items() if rule is not None}
 
     @model_validator(mode="after")
     def _usable(self) -> Ladder:
@@ -169,7 +174,8 @@ def value_name(value: Any) -> str:
 def _flat(rules: dict[str, Any]) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for key, value in rules.items():
-        is_section = isinstance(value, dict) and value and all(isinstance(item, dict) for item in value.values())
+        items = value.values() if isinstance(value, dict) and not value.keys() & Rule.model_fields.keys() else ()
+        is_section = bool(items) and all(isinstance(item, dict) or item is None for item in items)
         found = {f"{key}.{name}": rule for name, rule in _flat(value).items()} if is_section else {key: value}
         flat = merge(flat, found)
     return flat

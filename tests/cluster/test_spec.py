@@ -219,6 +219,7 @@ def test_a_rule_is_a_power_or_a_table_and_may_stay_an_integer(study_file: Path) 
 
 
 def test_a_rule_can_be_changed_on_the_command_line(study_file: Path) -> None:
+    assert [trial.config.train.lr for trial in trials(study_file, "ladder.rules.train.lr=null")] == [0.001, 0.001]
     small, _ = trials(study_file, "ladder.rules.train.lr.power=-1", "ladder.rules.train.warmup_images.values=[0,80]")
     assert small.config.train.lr == pytest.approx(2e-3)
     assert small.config.train.warmup_images == 0

@@ -16,6 +16,8 @@ from trainer.models import count
 K = 1000
 NOT_PUBLISHED = {
     "cifar10/adm_small",
+    "cifar10/dit_small",
+    *(f"imagenet64/dit/{size}" for size in ("s", "b", "l", "xl")),
     "cifar10/classifier_small",
     "cifar10/ema_profiles",
     "cifar10/min_snr",
