@@ -36,12 +36,11 @@ from evaluation.results import (
     write_records,
     write_table,
 )  # fmt: skip
+from evaluation.sampling_options import RESPACINGS, add_sampling_options, sampling_of
 from evaluation.subject import check_data, check_kind, open_subject
-from trainer.config import validate
-from trainer.diffusion.respacing import space_timesteps
+from trainer.diffusion.respacing import count_timesteps
 from trainer.export import Export, open_export
 from trainer.sampling import check_guidance
-from trainer.sampling_config import SamplingConfig
 from trainer.tracking.records import EvalRecord, read_result
 
 
@@ -76,10 +75,10 @@ def _check_fits(export: Export, dataset: ShardDataset, request: EvalRequest) -> 
     check_data(export.config, dataset)
     num_timesteps = export.config.diffusion.num_timesteps
     if request.kinds or MEMORISATION in request.metrics:
-        space_timesteps(num_timesteps, request.sampling.respacing)
+        count_timesteps(num_timesteps, request.sampling.respacing)
         check_guidance(export.config, request.sampling.guidance)
     if request.nll.respacing:
-        space_timesteps(num_timesteps, request.nll.respacing)
+        count_timesteps(num_timesteps, request.nll.respacing)
 
 
 def evaluate_to(
@@ -136,9 +135,8 @@ def _parser() -> argparse.ArgumentParser:
     quality.add_argument("--num-samples", type=int, default=2048)
     quality.add_argument("--repeats", type=int, default=1, help="sets of samples, of seeds --seed, --seed + 1, ...")
     quality.add_argument("--batch", type=int, default=64, help="samples a network call")
-    quality.add_argument("--sampler", choices=("ddim", "ancestral"), default="ddim")
-    quality.add_argument("--respacing", default="50", help="sampling steps: 50, 10,15,20, ddim50 or quadratic50")
-    quality.add_argument("--eta", type=float, default=0.0, help="noise of ddim")
+    add_sampling_options(quality, sampler="ddim")
+    quality.add_argument("--respacing", default="50", help=f"sampling steps: {RESPACINGS}")
     quality.add_argument("--guidance", type=float, default=1.0, help="scale of classifier-free guidance; 1: none")
     quality.add_argument("--num-reference", type=int, help="real images to compare with (default: the whole split)")
     quality.add_argument("--reference", type=Path, help="npz of published statistics to compare with instead")
@@ -159,13 +157,12 @@ def _parser() -> argparse.ArgumentParser:
 def _request(a: argparse.Namespace) -> EvalRequest:
     if a.ensemble is None and a.ensemble_below:
         raise UserError(f"--ensemble-below {a.ensemble_below} is for --ensemble EXPORT; give both, or neither.")
-    how = {"sampler": a.sampler, "respacing": a.respacing, "eta": a.eta, "guidance": a.guidance}
     return EvalRequest(
         data=a.data, metrics=tuple(m for m in a.metrics.split(",") if m), weights=a.weights, seed=a.seed,
         ensemble=None if a.ensemble is None else Ensemble(a.ensemble, a.ensemble_below),
         nll=NllSettings(a.mode, a.num_calls, a.target_stderr, a.num_images, a.nll_respacing, not a.no_clip),
         num_samples=a.num_samples, repeats=a.repeats, batch=a.batch,
-        sampling=validate(SamplingConfig, how, source="arguments"), num_reference=a.num_reference,
+        sampling=sampling_of(a, respacing=a.respacing, guidance=a.guidance), num_reference=a.num_reference,
         reference=a.reference, feature_net=a.feature_net, feature_weights=a.feature_weights,
         train_data=a.train_data, accuracy_calls=a.accuracy_calls, num_threads=a.num_threads,
     )  # fmt: skip

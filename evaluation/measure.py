@@ -103,7 +103,7 @@ class Evaluation:
         result = memorisation(found, theirs, space="pixels")
         return self._record(
             MEMORISATION, Measured(result.ratio, None, asdict(result)), n=NEIGHBOUR_SAMPLES, seeds=[self.request.seed],
-            measured={"train_data": train.manifest.fingerprint, **self.request.sampling.model_dump()},
+            measured={"train_data": train.manifest.fingerprint, **self.request.sampling.said()},
         )  # fmt: skip
 
     def _quality(self) -> list[EvalRecord]:
@@ -123,7 +123,7 @@ class Evaluation:
             "feature_net": net.name,
             "feature_weights_sha256": net.weights_sha256,
             "resize": net.resize,
-            **request.sampling.model_dump(),
+            **request.sampling.said(),
             "num_reference": reference.num,
             "reference": reference.data,
         }

@@ -187,7 +187,7 @@ def main() -> int:
             draw(progressive_chart(progressive.times, values, metric=metric, title=name)), a.out / "quality.png"
         )
         points = [{"t": t, metric: value} for t, value in zip(progressive.times, values, strict=True)]
-        write_json(a.out / "quality.json", {"num": a.num, "sampling": stage.sampling.model_dump(), "points": points})
+        write_json(a.out / "quality.json", {"num": a.num, "sampling": stage.sampling.said(), "points": points})
     print(a.out)
     return 0
 

@@ -81,13 +81,13 @@ class EvalRequest:
         if metric == MEMORISATION:
             assert self.train_data is not None
             train = read_manifest(self.train_data).fingerprint
-            return {"train_data": train, "sampling": self.sampling.model_dump()}
+            return {"train_data": train, "sampling": self.sampling.said()}
         names = ("num_samples", "repeats", "batch", "num_reference", "feature_net")
         files = {"reference": self.reference, "feature_weights": self.feature_weights}
         return (
             {name: getattr(self, name) for name in names}
             | {name: None if path is None else _hash(path) for name, path in files.items()}
-            | {"sampling": self.sampling.model_dump()}
+            | {"sampling": self.sampling.said()}
         )
 
     def check(self) -> None:

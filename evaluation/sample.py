@@ -39,8 +39,8 @@ from evaluation.device import pick_device
 from evaluation.sample_files import Images, read_samples, write_npz, write_split
 from evaluation.sample_place import Place
 from evaluation.sampling_job import sample_chunks
-from trainer.config import validate
-from trainer.diffusion.respacing import space_timesteps
+from evaluation.sampling_options import RESPACINGS, add_sampling_options, sampling_of
+from trainer.diffusion.respacing import count_timesteps
 from trainer.export import Export, Weights, open_export
 from trainer.grid import save_grid
 from trainer.sampling import Stage, check_cascade, check_guidance
@@ -80,7 +80,7 @@ class Request:
         if self.base_path is not None:
             options["base_sha256"] = sha256_file(self.base_path)
         for number, (export, sampling) in enumerate(zip(self.exports, self.samplings, strict=True), start=1):
-            stage = {"weights_sha256": export.weights_sha256[self.weights], **sampling.model_dump()}
+            stage = {"weights_sha256": export.weights_sha256[self.weights], **sampling.said()}
             options |= {f"stage{number}.{name}": value for name, value in stage.items()}
         return options
 
@@ -97,7 +97,7 @@ class Request:
             "num": len(self.numbers),
             "seed": self.seed,
             "batch": self.batch,
-            **{name: [getattr(s, name) for s in self.samplings] for name in SamplingConfig.model_fields},
+            **{name: [getattr(s, name) for s in self.samplings] for name in self.samplings[0].said()},
             "base": str(self.base_path) if self.base_path else None,
             "weights": self.weights,
             "exports": [
@@ -149,9 +149,8 @@ def _samplings(exports: Sequence[Export], a: argparse.Namespace) -> list[Samplin
     guidances = _for_each("--guidance", a.guidance or [1.0], len(exports))
     samplings = []
     for export, respacing, guidance in zip(exports, respacings, guidances, strict=True):
-        how = {"sampler": a.sampler, "respacing": respacing, "eta": a.eta, "guidance": guidance}
-        samplings.append(validate(SamplingConfig, how, source="arguments"))
-        space_timesteps(export.config.diffusion.num_timesteps, samplings[-1].respacing)
+        samplings.append(sampling_of(a, respacing=respacing, guidance=guidance))
+        count_timesteps(export.config.diffusion.num_timesteps, samplings[-1].respacing)
     return samplings
 
 
@@ -193,11 +192,8 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--classes", help="such as 207 or 1,2,3, in turn (default: those of --base, or image i has class i modulo all)"
     )
-    parser.add_argument("--sampler", choices=("ancestral", "ddim"), default="ancestral")
-    parser.add_argument(
-        "--respacing", action="append", help="steps: 50, 10,15,20, ddim50, quadratic50; once, or for each export"
-    )
-    parser.add_argument("--eta", type=float, default=0.0, help="noise of ddim")
+    add_sampling_options(parser, sampler="ancestral")
+    parser.add_argument("--respacing", action="append", help=f"steps: {RESPACINGS}; once, or for each export")
     parser.add_argument(
         "--guidance", type=float, action="append",
         help="classifier-free guidance: 1 is none, 0 without classes; once, or for each export",

@@ -27,7 +27,7 @@ from evaluation.report.text_table import Table
 from evaluation.request import MEMORISATION, EvalRequest
 from evaluation.results import key_of
 from trainer.config import validate
-from trainer.diffusion.respacing import space_timesteps
+from trainer.diffusion.respacing import count_timesteps
 from trainer.diffusion_config import DiffusionConfig
 from trainer.export import Export, open_export
 from trainer.sampling import num_calls
@@ -64,7 +64,7 @@ class Way:
 
 def _fits(diffusion: DiffusionConfig, sampling: SamplingConfig) -> bool:
     try:
-        space_timesteps(diffusion.num_timesteps, sampling.respacing)
+        count_timesteps(diffusion.num_timesteps, sampling.respacing)
     except ConfigError:
         return False
     return True
@@ -76,7 +76,7 @@ def read_ways(text: str, num_timesteps: int) -> list[Way]:
     if not ways:
         raise UserError("--samplers names none; give such as ddim,dpmpp_2m:logsnr.")
     for way in ways:
-        space_timesteps(num_timesteps, way.sampling(2).respacing)
+        count_timesteps(num_timesteps, way.sampling(2).respacing)
     return ways
 
 

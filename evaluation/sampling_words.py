@@ -9,7 +9,7 @@ import torch
 
 from data_pipeline.errors import ConfigError, UserError
 from trainer.config import parse_overrides, validate
-from trainer.diffusion.respacing import space_timesteps
+from trainer.diffusion.respacing import count_timesteps
 from trainer.export import Export, Weights, open_export
 from trainer.sampling import Stage, check_guidance
 from trainer.sampling_config import SamplingConfig
@@ -31,7 +31,7 @@ def open_stage(
         raise UserError(f"{path}: a super-resolution network starts from an image; name a base network.")
     defaults = {"sampler": sampler, "respacing": str(min(num_steps, num_timesteps))}
     sampling = validate(SamplingConfig, defaults | parse_overrides(words), source="settings of the sampling")
-    space_timesteps(num_timesteps, sampling.respacing)
+    count_timesteps(num_timesteps, sampling.respacing)
     check_guidance(config, sampling.guidance)
     return export, Stage(export.network(weights).to(device), config, sampling)
 

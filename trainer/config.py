@@ -26,7 +26,7 @@ from pydantic import (
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.files import write_atomic
-from trainer.diffusion.respacing import space_timesteps
+from trainer.diffusion.respacing import count_timesteps
 from trainer.diffusion_config import DiffusionConfig
 from trainer.ema_rules import SIGMA_REL_BOUND, DecayRule, Exponential, PowerProfile
 from trainer.mirror_store import shown, url_problem
@@ -271,7 +271,7 @@ class RunConfig(Section):
         grid = self.train.sample_grid
         if grid.num_images:
             try:
-                space_timesteps(self.diffusion.num_timesteps, grid.respacing)
+                count_timesteps(self.diffusion.num_timesteps, grid.respacing)
             except ConfigError as error:
                 raise ValueError(f"train.sample_grid.{error}") from None
         return self

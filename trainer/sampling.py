@@ -14,9 +14,10 @@ from trainer.config import RunConfig
 from trainer.diffusion.gaussian import Denoiser, GaussianDiffusion
 from trainer.diffusion.guidance import NULL_LABEL, guided, num_calls_a_step
 from trainer.diffusion.predictor import Predictor
-from trainer.diffusion.respacing import space_timesteps
 from trainer.diffusion.samplers import SAMPLERS, to_uint8
-from trainer.diffusion.samplers.sampler import Noise
+from trainer.diffusion.samplers.langevin import langevin
+from trainer.diffusion.samplers.sampler import Corrector, Noise
+from trainer.diffusion.thresholding import Threshold, dynamic, static
 from trainer.diffusion_config import DiffusionConfig
 from trainer.models import IMAGE_CHANNELS
 from trainer.sample_noise import SampleNoise
@@ -45,8 +46,23 @@ class Stage:
 
 def num_calls(diffusion: DiffusionConfig, sampling: SamplingConfig) -> int:
     """Network calls a sample: those of the sampler, each of them two where it is guided."""
-    num_steps = len(space_timesteps(diffusion.num_timesteps, sampling.respacing))
-    return SAMPLERS[sampling.sampler].num_calls(num_steps) * num_calls_a_step(sampling.guidance)
+    schedule = GaussianDiffusion.create(diffusion, respacing=sampling.respacing).schedule
+    calls = SAMPLERS[sampling.sampler].num_calls(schedule, corrector_steps=sampling.corrector_steps)
+    return calls * num_calls_a_step(sampling.guidance)
+
+
+def threshold_of(sampling: SamplingConfig) -> Threshold | None:
+    """The bound on predicted x_0 that is asked for."""
+    if sampling.threshold_quantile is not None:
+        return dynamic(sampling.threshold_quantile)
+    return static if sampling.threshold == "static" else None
+
+
+def corrector_of(sampling: SamplingConfig) -> Corrector | None:
+    """The corrector that is asked for."""
+    if sampling.corrector_snr is None:
+        return None
+    return langevin(sampling.corrector_steps, sampling.corrector_snr)
 
 
 def conditioned(network: nn.Module, conditions: Conditions) -> Denoiser:
@@ -103,14 +119,15 @@ def predictor_of(
     classes = _classes(stage, seeds, labels)
     conditions = Conditions(None if classes is None else torch.tensor(classes), low_res)
     denoiser = _denoiser(stage, conditions.map(lambda value: value.to(device)))
-    return Predictor(_watched(denoiser, num_calls_a_step(stage.sampling.guidance), progress), diffusion)
+    watched = _watched(denoiser, num_calls_a_step(stage.sampling.guidance), progress)
+    return Predictor(watched, diffusion, threshold_of(stage.sampling))
 
 
 def run_sampler(sampling: SamplingConfig, predictor: Predictor, x: Tensor, noise: Noise) -> Tensor:
     """From x at the first step of the predictor's process, [B, C, H, W], to x_0 by the sampler that was asked for."""
     sampler = SAMPLERS[sampling.sampler]
     options = {name: getattr(sampling, name) for name in sampler.options}
-    return sampler(predictor, x, noise=noise, **options)
+    return sampler(predictor, x, noise=noise, corrector=corrector_of(sampling), **options)
 
 
 def sample_cascade(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from evaluation.report.law_numbers import parameters
 from evaluation.report.style import form_label, metric_label, size_label, split_label, status_label
@@ -150,13 +151,25 @@ def _how(record: EvalRecord) -> str:
         words = [f"{m.get('sampler')} {m.get('respacing')}, median of the nearest in pixels"]
     else:
         words = [f"{m.get('sampler')} {m.get('respacing')}, {m.get('feature_net')}", f"{m.get('num_reference'):,} real"]
-        words += [f"guidance {m['guidance']:g}"] if m.get("guidance", 1.0) != 1.0 else []
         floor = details.get("floor")
         words += [] if floor is None else [f"real against real {floor:.4g}"]
+    words += _sampling_words(m) if record.metric != "nll" else []
     words += [f"weights {m.get('weights')}"] if m.get("weights") != "ema" else []
     words += [f"ensemble below {m['ensemble_below']}"] if "ensemble_below" in m else []
     words += [f"seed {record.seeds[0]}"] if record.seeds and record.seeds[0] else []
     return "; ".join([*words, *details.get("notes", [])])
+
+
+def _sampling_words(measured: Mapping[str, Any]) -> list[str]:
+    """How samples were made, where it is not as usual."""
+    words = [f"guidance {measured['guidance']:g}"] if measured.get("guidance", 1.0) != 1.0 else []
+    words += [f"eta {measured['eta']:g}"] if measured.get("eta") else []
+    if "threshold" in measured:
+        quantile = measured.get("threshold_quantile")
+        words.append(f"threshold {measured['threshold']}" + (f" {quantile:g}" if quantile is not None else ""))
+    if "corrector_steps" in measured:
+        words.append(f"corrector steps {measured['corrector_steps']}, snr {measured['corrector_snr']:g}")
+    return words
 
 
 def _value(point: Point) -> str:

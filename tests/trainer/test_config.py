@@ -60,6 +60,8 @@ def test_a_budget_on_the_command_line_replaces_the_other_kind(tiny_config: Path)
         ("train.sample_grid={num_images: 4, respacing: 101}", ["train.sample_grid.respacing", "100 or fewer"]),
         ("train.sample_grid={sampler: ancestral, eta: 0.5}", ["train.sample_grid.eta=0.5", "sampler=ancestral"]),
         ("train.sample_grid.eta=2", ["train.sample_grid.eta=2"]),
+        ("train.sample_grid={num_images: 4, respacing: karras101}", ["train.sample_grid.respacing", "karras100"]),
+        ("train.sample_grid.threshold=dynamic", ["train.sample_grid", "threshold_quantile", "0.995"]),
         ("train.class_dropout=0.1", ["train.class_dropout=0.1", "model.null_class=true"]),
         ("engine.zero_stage=4", ["engine.zero_stage=4"]),
         ("diffusion.sigmoid_tau=0.5", ["diffusion.sigmoid_tau=0.5", "schedule=cosine", "schedule=sigmoid"]),

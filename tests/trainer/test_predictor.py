@@ -111,7 +111,7 @@ def test_a_sampler_stops_at_the_level_asked_for(name: str, stop: int, level: int
 
     noise = SampleNoise(range(16), (3, 16, 16))
     samples = SAMPLERS[name](Predictor(counted, process, None), noise(), noise=noise, stop=stop)
-    assert len(calls) == SAMPLERS[name].num_calls(10, last_step=level)
+    assert len(calls) == SAMPLERS[name].num_calls(process.schedule, stop=stop)
     if level >= 0:
         there = process.schedule.level(level)
         std = math.hypot(there.alpha * SPREAD, there.sigma)

@@ -20,7 +20,8 @@ from trainer.diffusion.predictor import Predictor
 from trainer.diffusion.samplers import SAMPLERS, to_uint8
 from trainer.diffusion_config import DiffusionConfig
 from trainer.sample_noise import SampleNoise
-from trainer.sampling import check_cascade, sample, sample_cascade
+from trainer.sampling import Stage, check_cascade, sample, sample_cascade
+from trainer.sampling_config import SamplingConfig
 
 FIXED = DiffusionConfig(num_timesteps=200, variance="fixed_small", objective="simple", rescale_timesteps=False)
 
@@ -123,9 +124,16 @@ def test_background_draws_are_never_overwritten() -> None:
 TOLERANCE = 1
 
 
-@pytest.mark.parametrize("sampler", ["ancestral", "ddim"])
-def test_samples_do_not_depend_on_their_batch(tiny_config: Path, sampler: Any) -> None:
-    stage = make_stage(tiny_config, respacing="25", sampler=sampler)
+@pytest.mark.parametrize(
+    "how",
+    [{"sampler": "ancestral"}, {"sampler": "ddim"}, {"sampler": "heun"},
+     {"sampler": "dpmpp_2s", "threshold": "dynamic", "threshold_quantile": 0.9},
+     {"sampler": "dpmpp_2m_sde", "corrector_steps": 1, "corrector_snr": 0.16}],
+    ids=lambda how: how["sampler"],
+)  # fmt: skip
+def test_samples_do_not_depend_on_their_batch(tiny_config: Path, how: dict[str, Any]) -> None:
+    stage = make_stage(tiny_config)
+    stage = Stage(stage.network, stage.config, SamplingConfig(respacing="logsnr25", **how))
     together = sample(stage, range(8))
     assert together.shape == (8, 3, 16, 16)
     for part in ([0], [1, 2, 3], [7, 5]):
@@ -164,6 +172,25 @@ def test_cascade_enlarges_what_the_stage_before_made(tiny_config: Path) -> None:
     alone = sample(upsampler, range(4), low_res=small.float() / 127.5 - 1, stage_number=1)
     assert torch.equal(large, alone)
     assert (large != sample(upsampler, range(4), low_res=torch.zeros(4, 3, 8, 8), stage_number=1)).any()
+
+
+@pytest.mark.parametrize("sampler", sorted(SAMPLERS))
+def test_cascades_and_guided_networks_take_any_sampler(tiny_config: Path, sampler: Any) -> None:
+    """And every network call is told of: two where it is guided."""
+    classes = ("model.num_classes=4", "model.null_class=true")
+    base = make_stage(tiny_config, "model.image_size=8", "model.attention_resolutions=[4]", *classes, sampler=sampler)
+    upsampler = make_stage(tiny_config, "model.low_res_size=8", "name=upsampler", *classes, sampler=sampler)
+    guided = [
+        Stage(stage.network, stage.config, stage.sampling.model_copy(update={"guidance": 2.0}))
+        for stage in (base, upsampler)
+    ]
+    calls: list[int] = []
+    small, large = sample_cascade(guided, range(2), progress=lambda: calls.append(1))
+    assert len(calls) == sum(stage.num_calls for stage in guided) == 2 * (base.num_calls + upsampler.num_calls)
+    assert base.num_calls == (8 if sampler == "heun" else 5)
+    plain = sample_cascade([base, upsampler], range(2))
+    assert (small != plain[0]).any()
+    assert (large != plain[1]).any()
 
 
 @pytest.mark.parametrize("low_res", [0, 4])

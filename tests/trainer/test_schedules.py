@@ -13,7 +13,7 @@ from scipy.special import expit
 
 from data_pipeline.errors import ConfigError
 from trainer.diffusion.gaussian import GaussianDiffusion
-from trainer.diffusion.respacing import space_timesteps
+from trainer.diffusion.respacing import count_timesteps, space_timesteps
 from trainer.diffusion.schedules import Schedule, cosine_betas, linear_betas, make_schedule, sigmoid_betas
 from trainer.diffusion_config import STEEPEST, DiffusionConfig
 
@@ -83,14 +83,14 @@ def test_every_sigmoid_that_is_accepted_is_a_process(
 def test_tables_are_float64_and_built_once() -> None:
     schedule = make_schedule("cosine", 123)
     assert schedule is make_schedule("cosine", 123)
-    tables = [value for name, value in vars(schedule).items() if name not in ("timestep_map", "num_original")]
+    tables = [v for k, v in vars(schedule).items() if isinstance(v, torch.Tensor) and k != "timestep_map"]
     assert {(table.dtype, len(table)) for table in tables} == {(torch.float64, 123)}
 
 
-@pytest.mark.parametrize("respacing", ["50", "10,15,20", "ddim50", "quadratic30", "1"])
+@pytest.mark.parametrize("respacing", ["50", "10,15,20", "ddim50", "quadratic30", "1", "logsnr20", "karras20"])
 def test_a_shorter_process_keeps_the_noise_levels_it_visits(respacing: str) -> None:
     whole, short = make_schedule("cosine", 4000), make_schedule("cosine", 4000, "cpu", respacing)
-    steps = list(space_timesteps(4000, respacing))
+    steps = list(space_timesteps(4000, respacing, half_logsnr(whole)))
     assert torch.allclose(short.alphas_cumprod, whole.alphas_cumprod[steps], rtol=1e-12)
     assert short.timestep_map.tolist() == steps
     assert short.num_original == 4000
@@ -110,14 +110,23 @@ def test_gather_takes_type_and_shape_of_what_it_multiplies() -> None:
 # ---- respacing --------------------------------------------------------------------------------------------------
 
 
+def half_logsnr(schedule: Schedule) -> list[float]:
+    return [schedule.level(step).half_logsnr for step in range(schedule.num_timesteps)]
+
+
+def spaced(num_timesteps: int, respacing: str | int) -> tuple[int, ...]:
+    """Of a process whose lambda falls evenly from 5 to -5; most forms do not ask."""
+    return space_timesteps(num_timesteps, respacing, np.linspace(5, -5, num_timesteps).tolist())
+
+
 def test_forms_of_respacing() -> None:
-    assert space_timesteps(300, "10,15,20")[:11] == (0, 11, 22, 33, 44, 55, 66, 77, 88, 99, 100)
-    assert len(space_timesteps(300, "10,15,20")) == 45
-    assert space_timesteps(1000, "ddim50") == tuple(range(0, 1000, 20))
-    assert space_timesteps(4000, 5) == (0, 1000, 2000, 2999, 3999)
-    assert space_timesteps(4000, "quadratic10") == (0, 49, 197, 444, 789, 1234, 1777, 2419, 3159, 3999)
-    assert space_timesteps(10, "1") == (9,)
-    assert space_timesteps(11, "3,3,2") == (0, 2, 3, 4, 6, 7, 8, 10)  # halves round to even: 1.5 -> 2
+    assert spaced(300, "10,15,20")[:11] == (0, 11, 22, 33, 44, 55, 66, 77, 88, 99, 100)
+    assert len(spaced(300, "10,15,20")) == 45
+    assert spaced(1000, "ddim50") == tuple(range(0, 1000, 20))
+    assert spaced(4000, 5) == (0, 1000, 2000, 2999, 3999)
+    assert spaced(4000, "quadratic10") == (0, 49, 197, 444, 789, 1234, 1777, 2419, 3159, 3999)
+    assert spaced(10, "1") == (9,)
+    assert spaced(11, "3,3,2") == (0, 2, 3, 4, 6, 7, 8, 10)  # halves round to even: 1.5 -> 2
 
 
 @given(st.integers(2, 3000), st.data())
@@ -125,9 +134,10 @@ def test_every_form_gives_so_many_ascending_steps(num_timesteps: int, data: st.D
     count = data.draw(st.integers(1, num_timesteps))
     stride = data.draw(st.integers(1, num_timesteps))
     by_stride = len(range(0, num_timesteps, stride))
-    for text, length in ((f"{count}", count), (f"quadratic{count}", count), (f"ddim{by_stride}", by_stride)):
-        steps = space_timesteps(num_timesteps, text)
-        assert len(steps) == length
+    forms = [f"{count}", f"quadratic{count}", f"logsnr{count}", f"karras{count}"]
+    for text, length in (*((form, count) for form in forms), (f"ddim{by_stride}", by_stride)):
+        steps = spaced(num_timesteps, text)
+        assert len(steps) == length == count_timesteps(num_timesteps, text)
         assert list(steps) == sorted(set(steps))
         assert steps[0] >= 0
         assert steps[-1] < num_timesteps
@@ -138,8 +148,41 @@ def test_every_form_gives_so_many_ascending_steps(num_timesteps: int, data: st.D
 @pytest.mark.parametrize(
     ("respacing", "what"),
     [("101", "101"), ("60,60", "50"), ("ddim99", "ddim50 or ddim100"), ("quadratic101", "100"), ("", "a number"),
+     ("logsnr101", "'logsnr101': there are 100 steps; use logsnr100 or fewer"), ("karras101", "use karras100 or fewer"),
+     ("logsnr0", "a number"), ("karras", "a number"),
      ("0", "a number"), ("-5", "a number"), ("ddim", "a number"), ("fast", "a number"), ("10,,5", "a number")],
 )  # fmt: skip
 def test_impossible_respacings_are_refused_with_a_remedy(respacing: str, what: str) -> None:
     with pytest.raises(ConfigError, match=what):
-        space_timesteps(100, respacing)
+        spaced(100, respacing)
+    with pytest.raises(ConfigError, match=what):
+        count_timesteps(100, respacing)
+
+
+@pytest.mark.parametrize("name", ["linear", "cosine", "sigmoid"])
+@pytest.mark.parametrize("num_timesteps", [30, 1000, 4000])
+@pytest.mark.parametrize("form", ["logsnr", "karras"])
+def test_spacing_by_noise_gives_processes(form: str, num_timesteps: int, name: str) -> None:
+    """Both ends are visited, and whatever the count the tables are those of a process."""
+    for count in (1, 2, 3, 10, num_timesteps // 2, num_timesteps):
+        short = make_schedule(name, num_timesteps, "cpu", f"{form}{count}")
+        steps = short.timestep_map.tolist()
+        assert len(steps) == count
+        assert steps[-1] == num_timesteps - 1
+        assert count == 1 or steps[0] == 0
+        assert 0 < float(short.betas.min()) <= float(short.betas.max()) < 1
+        assert all(bool(table.isfinite().all()) for table in vars(short).values() if isinstance(table, torch.Tensor))
+    assert steps == list(range(num_timesteps))
+
+
+@pytest.mark.parametrize(("form", "power"), [("logsnr", 0), ("karras", 1 / 7)])
+def test_steps_are_spaced_by_their_noise(form: str, power: float) -> None:
+    """By the very formulas, from sigma / alpha = 80 down; rounding to a step is all that is between."""
+    whole = make_schedule("cosine", 4000)
+    levels = np.exp(-np.array(half_logsnr(whole)))
+    *steps, last = space_timesteps(4000, f"{form}20", half_logsnr(whole))
+    assert last == 3999
+    i = np.arange(19) / 18
+    wanted = (levels[0] ** (1 - i) * 80.0**i) if not power else (levels[0] ** power * (1 - i) + 80.0**power * i) ** 7
+    for step, sigma in zip(steps, wanted, strict=True):
+        assert step == np.abs(np.log(levels / sigma)).argmin()

@@ -86,6 +86,16 @@ class Level:
     def sigma(self) -> float:
         return math.sqrt(1 - self.alpha_cumprod)
 
+    @property
+    def scaled_sigma(self) -> float:
+        """sigma / alpha, the noise beside an image of its own size: the sigma of Karras et al. 2022."""
+        return self.sigma / self.alpha
+
+    @property
+    def half_logsnr(self) -> float:
+        """log(alpha / sigma), the lambda of Lu et al. 2022; infinite for the image."""
+        return math.log(self.alpha / self.sigma) if self.sigma else math.inf
+
 
 IMAGE = Level(1.0)  # no noise is left
 
@@ -137,6 +147,10 @@ class Schedule:
             raise ConfigError(f"stop={stop}: the last visited step is {steps[-1]}; use 0 (the image) to {steps[-1]}.")
         return bisect_left(steps, stop)
 
+    def original(self, step: int) -> int:
+        """The step of the original process that a step stands for."""
+        return self._timestep_map[step]
+
     @cached_property
     def _timestep_map(self) -> list[int]:
         steps: list[int] = self.timestep_map.tolist()
@@ -160,13 +174,18 @@ def make_schedule(
     betas = BETAS[name](num_timesteps, **shape)
     timestep_map = np.arange(num_timesteps)
     if respacing is not None:
-        timestep_map = np.array(space_timesteps(num_timesteps, respacing))
-        alphas_cumprod = np.cumprod(1 - betas)[timestep_map]
+        alphas_cumprod = np.cumprod(1 - betas)
+        half_logsnr = 0.5 * np.log(alphas_cumprod / (1 - alphas_cumprod))
+        timestep_map = np.array(space_timesteps(num_timesteps, respacing, half_logsnr.tolist()))
+        alphas_cumprod = alphas_cumprod[timestep_map]
         betas = 1 - alphas_cumprod / np.concatenate([[1.0], alphas_cumprod[:-1]])
-    return _tables(betas, timestep_map, num_timesteps, device)
+    return schedule_of(betas, timestep_map, num_timesteps, device)
 
 
-def _tables(betas: NDArray[np.float64], timestep_map: NDArray[np.int64], num_original: int, device: str) -> Schedule:
+def schedule_of(
+    betas: NDArray[np.float64], timestep_map: NDArray[np.int64], num_original: int, device: str = "cpu"
+) -> Schedule:  # fmt: skip
+    """The tables of a process of these betas; `timestep_map` as in `Schedule`."""
     alphas = 1 - betas
     alphas_cumprod = np.cumprod(alphas)
     alphas_cumprod_prev = np.concatenate([[1.0], alphas_cumprod[:-1]])

@@ -123,12 +123,16 @@ _USUAL_NLL = {
 }  # fmt: skip
 
 
+# What records of samples leave unsaid where it is so (`SamplingConfig.said`).
+_UNSAID = {"threshold": "static", "corrector_steps": 0}
+
+
 def _way(record: EvalRecord) -> dict[str, Any]:
     """What tells an evaluation from another one of the same metric and split."""
     if record.metric == "nll":
         return {name: record.measured.get(name, usual) for name, usual in _USUAL_NLL.items()}
     hashes = ("feature_weights_sha256", "reference", "train_data")
-    return {k: v for k, v in record.measured.items() if k not in hashes} | {"n": record.n}
+    return _UNSAID | {k: v for k, v in record.measured.items() if k not in hashes} | {"n": record.n}
 
 
 def _eval_key(record: EvalRecord, first: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ alone, up to the rounding of the network.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -16,11 +16,19 @@ import torch
 from torch import Tensor
 
 from trainer.diffusion.predictor import Predictor
+from trainer.diffusion.schedules import Schedule
 
 Noise = Callable[[], Tensor]  # the next standard normal noise, [B, C, H, W]
 # (x at a step, that step, the level to go to) -> x there. One is made for one batch: it may remember earlier steps.
 Solver = Callable[[Tensor, int, int], Tensor]
 Corrector = Callable[[Predictor, Tensor, int, Noise], Tensor]  # (predictor, x, its step, noise) -> x at the same step
+# (schedule, a step, the level to go to) -> network calls of the solver on this way.
+SolverCalls = Callable[[Schedule, int, int], int]
+
+
+def one_a_step(schedule: Schedule, start: int, end: int) -> int:
+    """One network call at every step that is left behind."""
+    return start - end
 
 
 @dataclass(frozen=True)
@@ -30,7 +38,7 @@ class Sampler:
     make_solver: Callable[..., Solver]  # of (predictor, noise), and of `options` by name
     options: tuple[str, ...] = ()  # keys of SamplingConfig that this sampler alone hears
     stride: int = 1  # levels that the solver is taken down at once; those between are its intermediate points
-    calls_on_arrival: int = 0  # network calls at the step that it reaches, besides one at every step that it leaves
+    solver_calls: SolverCalls = one_a_step
 
     @torch.no_grad()
     def __call__(
@@ -55,19 +63,23 @@ class Sampler:
 
         Returns x_0, or x at the step of `stop`: [B, C, H, W]. Raises ConfigError for a `stop` above all steps.
         """
-        solver, schedule = self.make_solver(predictor, noise, **options), predictor.diffusion.schedule
-        for start, end in pairwise(self._levels(schedule.num_timesteps, schedule.last_step(stop))):
+        solver = self.make_solver(predictor, noise, **options)
+        for start, end in self._ways(predictor.diffusion.schedule, stop):
             x = solver(x, start, end)
             if corrector is not None and end >= 0:
                 x = corrector(predictor, x, end, noise)
         return x
 
-    def num_calls(self, num_steps: int, *, corrector_steps: int = 0, last_step: int = -1) -> int:
-        """Network calls of a sample on a process of so many steps; `last_step` as `Schedule.last_step` gives it."""
-        arrivals = sum(level >= 0 for level in self._levels(num_steps, last_step)[1:])
-        return num_steps - 1 - last_step + arrivals * (self.calls_on_arrival + corrector_steps)
+    def num_calls(self, schedule: Schedule, *, stop: int = 0, corrector_steps: int = 0) -> int:
+        """Network calls of a sample on a process, of the solver and of a corrector that makes so many an arrival."""
+        return sum(
+            self.solver_calls(schedule, start, end) + corrector_steps * (end >= 0)
+            for start, end in self._ways(schedule, stop)
+        )
 
-    def _levels(self, num_steps: int, last_step: int) -> list[int]:
-        """Where x is taken, from the first step to the last, and to the image where that is the end."""
-        lowest = max(last_step, 0)
-        return [*range(num_steps - 1, lowest, -self.stride), lowest, *([-1] if last_step < 0 else [])]
+    def _ways(self, schedule: Schedule, stop: int) -> Iterator[tuple[int, int]]:
+        """From level to level: from the first step to the last, and to the image where that is the end."""
+        last = schedule.last_step(stop)
+        lowest = max(last, 0)
+        steps = [*range(schedule.num_timesteps - 1, lowest, -self.stride), lowest]
+        return pairwise(steps if last >= 0 else [*steps, -1])

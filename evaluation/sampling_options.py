@@ -1,0 +1,28 @@
+"""How to sample, as commands are told: the same options wherever images are made."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any, get_args
+
+from trainer.config import validate
+from trainer.sampling_config import SamplerName, SamplingConfig, ThresholdName
+
+RESPACINGS = "50, 10,15,20, ddim50, quadratic50, logsnr20, karras20"
+_OPTIONS = ("sampler", "eta", "threshold", "threshold_quantile", "corrector_steps", "corrector_snr")
+
+
+def add_sampling_options(parser: argparse._ActionsContainer, *, sampler: SamplerName) -> None:
+    """All but --respacing and --guidance, which a cascade may be given for each stage; `sampler`: the default one."""
+    add = parser.add_argument
+    add("--sampler", choices=get_args(SamplerName), default=sampler)
+    add("--eta", type=float, default=0.0, help="noise of ddim")
+    add("--threshold", choices=get_args(ThresholdName), default="static", help="bound on every predicted x_0")
+    add("--threshold-quantile", type=float, help="of --threshold dynamic, such as 0.995")
+    add("--corrector-steps", type=int, default=0, help="Langevin steps wherever the sampler arrives")
+    add("--corrector-snr", type=float, help="signal-to-noise ratio of each of them, such as 0.16")
+
+
+def sampling_of(a: argparse.Namespace, **others: Any) -> SamplingConfig:
+    """The config that these options and `others` say. Raises ConfigError for those that do not go together."""
+    return validate(SamplingConfig, {name: getattr(a, name) for name in _OPTIONS} | others, source="arguments")
