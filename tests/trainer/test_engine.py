@@ -75,9 +75,7 @@ def runs(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("choices")
     scenarios = {name: [*EVERY_STEP, *overrides] for name, overrides in CHOICES.items()}
     scenarios |= {"searching-in-two": [*scenarios["searching"], "train.budget_images=24"]}
-    for stage in range(4):
-        averages = ["train.extra_ema_decays=[0.5,0.99]", "train.ema_profiles=[0.05,0.2]"]
-        scenarios |= {f"averages-{stage}": [*EVERY_STEP, *averages, f"engine.zero_stage={stage}"]}
+    scenarios |= averaging()
     run_scenarios("train_scenarios", tiny_config, folder, 2, scenarios)
     run_scenarios("train_scenarios", tiny_config, folder, 2, {"searching-in-two": scenarios["searching"]})
     return folder
@@ -123,8 +121,24 @@ def test_fp16_finds_its_scale_and_a_resumed_run_goes_on_with_it(runs: Path) -> N
     assert states[0].num_updates == states[1].num_updates == 6 - sum(skipped)
 
 
+def averaging() -> dict[str, list[str]]:
+    averages = ["train.extra_ema_decays=[0.5,0.99]", "train.ema_profiles=[0.05,0.2]"]
+    return {f"averages-{stage}": [*EVERY_STEP, *averages, f"engine.zero_stage={stage}"] for stage in range(4)}
+
+
 @pytest.mark.parametrize("stage", range(4))
 def test_averages_are_those_of_the_whole_weights_bit_for_bit(runs: Path, stage: int) -> None:
+    check_averages(runs, stage)
+
+
+@pytest.mark.prove
+def test_averages_on_one_process_are_too(tiny_config: Path, tmp_path: Path) -> None:
+    run_scenarios("train_scenarios", tiny_config, tmp_path, 1, averaging())
+    for stage in range(4):
+        check_averages(tmp_path, stage)
+
+
+def check_averages(runs: Path, stage: int) -> None:
     run = runs / f"averages-{stage}"
     history = [tensors(run, checkpoint=path.name) for path in reversed(list_checkpoints(run / "checkpoints"))]
     start = initial_weights(runs)
