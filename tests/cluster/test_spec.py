@@ -363,9 +363,10 @@ def test_the_examples_of_the_page_are_studies() -> None:
         yaml.safe_load(text)
         for text in re.findall(r"```yaml\n(.*?)```", (root / "docs/studies.md").read_text(), re.DOTALL)
     ]
-    whole, width, depth, weights, grid = blocks
+    whole, width, depth, weights, transformers, grid = blocks
     validate(StudyConfig, whole, source="the first example")
     ladders = [validate(Ladder, example["ladder"], source="an example") for example in (width, depth)]
+    assert transformers == yaml.safe_load((root / "configs/studies/imagenet64_dit.yaml").read_text())
     weighted = yaml.safe_load((root / "configs/studies/cifar10_weights_cpu.yaml").read_text())
     assert weights["ladder"] == weighted["ladder"]
     batches = [ladders[0].settings(number)["train.global_batch"] for number in range(4)]
