@@ -20,6 +20,7 @@ NOT_PUBLISHED = {
     *(f"imagenet64/dit/{size}" for size in ("s", "b", "l", "xl")),
     "cifar10/classifier_small",
     "cifar10/ema_profiles",
+    "cifar10/dpm_solver",
     "cifar10/min_snr",
     "cifar10/sigmoid",
     "cifar10/small",

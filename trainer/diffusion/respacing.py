@@ -30,7 +30,7 @@ def space_timesteps(num_timesteps: int, respacing: str | int, half_logsnr: Seque
     - "10,15,20": the process cut into equal sections, that many evenly spaced steps from each.
     - "ddim50": fifty by a fixed integer stride from step 0 (Song et al. 2021, appendix D.2, "linear").
     - "quadratic50": fifty at c * i², dense where there is little noise (ibid., "quadratic").
-    - "logsnr20": twenty, evenly spaced in lambda = log(alpha / sigma) (Lu et al. 2022, section 3.4).
+    - "logsnr20": twenty, evenly spaced in lambda = log(alpha / sigma) (Lu et al. 2022).
     - "karras20": twenty, evenly spaced in (sigma / alpha)^(1/7) (Karras et al. 2022, eq. 5).
 
     The last two take the steps whose lambda is nearest, each once: the last step, where sampling starts, and from

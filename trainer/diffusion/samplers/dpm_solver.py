@@ -30,7 +30,7 @@ def dpmpp_2m(predictor: Predictor, noise: Noise) -> Solver:
 
 
 def dpmpp_2m_sde(predictor: Predictor, noise: Noise) -> Solver:
-    """SDE-DPM-Solver++(2M), ibid., section 5: the same line in the reverse SDE, with noise at every step."""
+    """SDE-DPM-Solver++(2M), ibid.: the same line in the reverse SDE, with noise at every step."""
     x0_of, level = _extrapolating(predictor), predictor.diffusion.schedule.level
 
     def solve(x: Tensor, start: int, end: int) -> Tensor:

@@ -25,7 +25,7 @@ def euler(predictor: Predictor, noise: Noise) -> Solver:
 
 
 def heun(predictor: Predictor, noise: Noise) -> Solver:
-    """Heun's method, order 2: the mean slope of both ends (Karras et al. 2022, algorithm 1 without churn).
+    """Heun's method, order 2: the mean slope of both ends (Karras et al. 2022, algorithm 1).
 
     Two network calls a step. The step to the image, where there is no slope to ask for, is Euler's; and so is one from
     above s = 80, where Karras et al. start: it may be a factor of 1000 long (the cosine schedule's first), over which
