@@ -19,16 +19,18 @@ from data_pipeline.errors import ConfigError
 from evaluation.evaluate import evaluate
 from evaluation.nll.settings import NllSettings
 from evaluation.request import EvalRequest
-from trainer.activations import activations
+from trainer.activations import LiveBytes, activations, drop_gradients
 from trainer.config import load_config, save_config
+from trainer.diagnosis import Recomputed, diagnose
 from trainer.diffusion_config import DiffusionConfig
 from trainer.export import open_export
 from trainer.interop import improved_diffusion
 from trainer.interop.convert import meta_network
 from trainer.memory import memory_of
 from trainer.model_config import DiTConfig
-from trainer.models import build_model, count
+from trainer.models import build_model, count, random_inputs
 from trainer.models.dit import DiT, image, patches, position_embedding
+from trainer.processes import Processes
 from trainer.sampling import Stage, sample
 from trainer.sampling_config import SamplingConfig
 from trainer.tracking.records import read_train_records
@@ -281,6 +283,47 @@ def test_memory_is_known_before_the_start(dit_config: Path) -> None:
     assert part.moments == 8 * count(config.model, config.diffusion).num_params / 2
 
 
+@pytest.mark.parametrize("half", [False, True])
+def test_the_trace_is_what_a_real_pass_keeps(half: bool) -> None:
+    """Of 400 tokens: so many that attention is fused on the CPU, too."""
+    model = DiTConfig(**TINY | {"image_size": 20, "patch_size": 1})
+    network = build_model(model, LEARNED)
+    drop_gradients(network)
+    x, time, conditions = random_inputs(model, 8, torch.device("cpu"))
+    with LiveBytes([*network.parameters(), x, time]) as live:
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            output = network(x, time, *conditions)
+        output.square().mean().backward()
+    assert activations(model, LEARNED, half=half, checkpointing=False).peak(8) == pytest.approx(
+        max(live.history), rel=0.1
+    )
+
+
+class Alone(Processes):
+    """One process, without a group of them."""
+
+    def gather_objects(self, item: Any) -> list[Any]:
+        return [item]
+
+
+@pytest.mark.parametrize("checkpoint", [False, True])
+def test_a_layer_that_goes_wrong_is_named(checkpoint: bool) -> None:
+    network = perturbed(LABELLED).train()
+    network.checkpoint_activations = checkpoint
+    layer = dict(network.named_modules())["blocks.1.attention.proj"]
+    layer.register_forward_hook(lambda _, __, output: output * torch.tensor([1.0, torch.nan, 1.0])[:, None, None])
+    x, time, labels, _ = inputs(LABELLED)
+
+    def recompute() -> Recomputed:
+        losses = network(x, time, labels).square().flatten(1).mean(dim=1)
+        losses.mean().backward()
+        return Recomputed(torch.tensor([3, 12, 37]), torch.arange(1000, 1003), losses.detach())
+
+    alone = Alone(rank=0, world_size=1, local_rank=0, device=torch.device("cpu"))
+    text = diagnose(network, recompute, [(n, p.detach()) for n, p in network.named_parameters()], alone)
+    assert text == "layer blocks.1.attention.proj gave values that are not finite for t = 12 (images 1001)"
+
+
 def test_the_roofline_has_all_of_its_products() -> None:
     model = DiTConfig(**TINY)
     assert sum(layer.flops for layer in layers_of(model, 2)) == 2 * count(model, LEARNED).forward_flops
@@ -289,15 +332,16 @@ def test_the_roofline_has_all_of_its_products() -> None:
 # ---- training it ----------------------------------------------------------------------------------------------------
 
 
-def test_it_trains_under_zero_and_resumes(dit_config: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("world", "stage"), [(1, 2), pytest.param(2, 3, marks=pytest.mark.prove)])
+def test_it_trains_under_zero_and_resumes(dit_config: Path, tmp_path: Path, world: int, stage: int) -> None:
     """ZeRO 1 to 3; a run that stops half way goes on bit for bit, also where blocks are computed again."""
     more = ["model.num_classes=4", "model.null_class=true", "train.class_dropout=0.3", "model.dropout=0.1"]
-    scenarios = [[f"run.folder={tmp_path / f's{stage}'}", f"engine.zero_stage={stage}", *more] for stage in (1, 2, 3)]
-    resumed = [f"run.folder={tmp_path / 'resumed'}", "engine.zero_stage=2", *more]
+    scenarios = [[f"run.folder={tmp_path / f's{s}'}", f"engine.zero_stage={s}", *more] for s in (1, 2, 3)]
+    resumed = [f"run.folder={tmp_path / 'resumed'}", f"engine.zero_stage={stage}", *more]
     scenarios += [[*resumed, "train.budget_images=24"], [*resumed, "engine.activation_checkpointing=true"]]
     spec = tmp_path / "spec.json"
     spec.write_text(json.dumps({"config": str(dit_config), "runs": scenarios}))
-    run_ranks(["tests/trainer/train_scenarios.py", str(spec)], 1)
+    run_ranks(["tests/trainer/train_scenarios.py", str(spec)], world)
 
     last = [list(read_train_records(tmp_path / name))[-1] for name in ("s1", "s2", "s3", "resumed")]
     assert [record.nimg for record in last] == [48] * 4
@@ -305,7 +349,7 @@ def test_it_trains_under_zero_and_resumes(dit_config: Path, tmp_path: Path) -> N
     for record in last[1:]:
         assert record.values["train/loss"] == pytest.approx(last[0].values["train/loss"], rel=1e-5)
     straight, again = (
-        load_file(tmp_path / name / "exports" / f"{48:012d}" / "model.safetensors") for name in ("s2", "resumed")
+        load_file(tmp_path / name / "exports" / f"{48:012d}" / "model.safetensors") for name in (f"s{stage}", "resumed")
     )
     assert all(torch.equal(straight[name], again[name]) for name in straight)
     assert all(float(v.abs().max()) > 0 for name, v in straight.items() if name.endswith("modulation.weight"))
