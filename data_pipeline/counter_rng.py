@@ -37,6 +37,9 @@ class Stream(IntEnum):
     SUBSTITUTE = 13
     ACCURACY_PLAN = 16
     ACCURACY_NOISE = 17
+    LOW_RES_STEP = 18
+    LOW_RES_NOISE = 19
+    SAMPLE_LOW_RES = 20
 
 
 def generator(seed: int, stream: Stream, block: int, *, part: int = 0) -> np.random.Generator:

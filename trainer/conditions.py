@@ -16,6 +16,7 @@ class Conditions(NamedTuple):
 
     labels: Tensor | None = None  # [B] int64, classes; -1: none
     low_res: Tensor | None = None  # [B, C, h, w] in [-1, 1], what a super-resolution network enlarges
+    low_res_time: Tensor | None = None  # [B] float32: how noisy that is, in units of the network's time
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Conditions:
         """Those that are there, each changed: to a device, to some of the rows."""

@@ -26,6 +26,7 @@ from pydantic import (
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.files import write_atomic
+from trainer.diffusion.low_res_noise import LowResNoise
 from trainer.diffusion.respacing import count_timesteps
 from trainer.diffusion_config import DiffusionConfig
 from trainer.ema_rules import SIGMA_REL_BOUND, DecayRule, Exponential, PowerProfile
@@ -239,6 +240,32 @@ class RunConfig(Section):
     def is_classifier(self) -> bool:
         """Whether the network says what class a noisy image has, instead of what image is in it."""
         return isinstance(self.model, ClassifierConfig)
+
+    @property
+    def low_res_process(self) -> DiffusionConfig | None:
+        """The process whose steps say how noisy low-resolution images are; None where they have no noise."""
+        noise = self.model.low_res_noise
+        if noise is None:
+            return None
+        own = self.diffusion
+        change = {"num_timesteps": noise.num_timesteps or own.num_timesteps, "schedule": noise.schedule or own.schedule}
+        return own.model_copy(update=change)
+
+    @model_validator(mode="after")
+    def _low_res_noise_is_of_a_process(self) -> RunConfig:
+        noise, process = self.model.low_res_noise, self.low_res_process
+        if noise is None or process is None:
+            return self
+        try:
+            LowResNoise.create(process)
+        except ConfigError as error:
+            raise ValueError(f"model.low_res_noise: {error}") from None
+        if noise.max_step >= process.num_timesteps:
+            raise ValueError(
+                f"model.low_res_noise.max_step={noise.max_step}: the process has only {process.num_timesteps} steps; use "
+                f"1 to {process.num_timesteps - 1}, or set model.low_res_noise.num_timesteps to that of the stage below"
+            )
+        return self
 
     @model_validator(mode="after")
     def _network_fits_its_objective(self) -> RunConfig:

@@ -10,14 +10,26 @@ from trainer.section import Section
 
 # What a network can predict, and what L_simple can be the squared error of.
 Quantity = Literal["eps", "x0", "v", "previous_mean"]
+ScheduleName = Literal["linear", "cosine", "sigmoid"]
 Variance = Literal["learned_range", "learned", "fixed_small", "fixed_large"]
 STEEPEST = 15.0  # end of a sigmoid, in its own units: beyond it float64 no longer tells neighbouring steps well apart
 LEARNED: tuple[Variance, ...] = ("learned_range", "learned")  # those that are a second output of the network
 
 
+class LowResNoiseConfig(Section):
+    """Noise on the images that a super-resolution network enlarges (trainer/diffusion/low_res_noise.py).
+
+    How noisy is said as a step s of the process of the stage below, which is the run's own where nothing is said.
+    """
+
+    max_step: int = Field(ge=1)  # training draws s from 0 (no noise) to this, uniformly; samples may have any of them
+    num_timesteps: int | None = Field(None, ge=2)  # T of that process
+    schedule: ScheduleName | None = None  # a sigmoid's shape is that of the run's own
+
+
 class DiffusionConfig(Section):
     num_timesteps: int = Field(4000, ge=2)  # T
-    schedule: Literal["linear", "cosine", "sigmoid"] = "cosine"
+    schedule: ScheduleName = "cosine"
     sigmoid_start: float = Field(-3.0, allow_inf_nan=False)  # the sigmoid schedule's: alphas_cumprod falls from 1 to 0
     sigmoid_end: float = Field(3.0, allow_inf_nan=False)  # as a sigmoid does between these two, ...
     sigmoid_tau: float = Field(1.0, gt=0, allow_inf_nan=False)  # ... both divided by tau

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -52,15 +53,28 @@ class InputSource:
         """This process's share of the global batch nimg .. nimg + global_batch - 1."""
         start = nimg + self._offset
         batch = self._stream.batch(start, self._share)
-        arrays = (
-            batch.images,
-            self._drop_labels(batch.labels, start),
-            self._timestep_numbers(nimg),
-            normal(self._seed, Stream.NOISE, start, self._share, batch.images.shape[1:]),
-        )
-        images, labels, u, noise = (torch.from_numpy(array) for array in arrays)
-        inputs = StepInputs(images, labels, u, noise, batch.damaged)
+        arrays = {
+            "images": batch.images,
+            "labels": self._drop_labels(batch.labels, start),
+            "u": self._timestep_numbers(nimg),
+            "noise": normal(self._seed, Stream.NOISE, start, self._share, batch.images.shape[1:]),
+            **self._low_res_noise(start, num_channels=batch.images.shape[1]),
+        }
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        inputs = StepInputs(**tensors, damaged=batch.damaged)
         return inputs.pin_memory() if self._pin else inputs
+
+    def _low_res_noise(self, start: int, *, num_channels: int) -> dict[str, NDArray[Any]]:
+        """What makes the low-resolution images of the images start, ... noisy; nothing where they are not to be."""
+        model = self._config.model
+        if model.low_res_noise is None:
+            return {}
+        u = uniform(self._seed, Stream.LOW_RES_STEP, start, self._share)
+        shape = (num_channels, model.low_res_size, model.low_res_size)
+        return {
+            "low_res_step": (u * (model.low_res_noise.max_step + 1)).astype(np.int64),
+            "low_res_noise": normal(self._seed, Stream.LOW_RES_NOISE, start, self._share, shape),
+        }
 
     def _drop_labels(self, labels: NDArray[np.int64], start: int) -> NDArray[np.int64]:
         """Labels [b] of the images start, ..., a share of them replaced by "none"."""

@@ -32,6 +32,7 @@ from trainer.config import RunConfig, to_yaml
 from trainer.damage import DamageWatch
 from trainer.diagnosis import Recomputed, diagnose
 from trainer.diffusion.gaussian import GaussianDiffusion
+from trainer.diffusion.low_res_noise import LowResNoise
 from trainer.diffusion.objectives import Losses, classification_losses, training_losses
 from trainer.diffusion.timesteps import make_timestep_sampler
 from trainer.ema import ShardedEma
@@ -128,6 +129,8 @@ class Run:
         self.engine = Engine(network, config, processes)
         self.ema = ShardedEma(self.engine.owned, config.train.averages)
         self.diffusion = GaussianDiffusion.create(config.diffusion, device)
+        process = config.low_res_process
+        self.low_res_noise = LowResNoise.create(process, device) if process else None
         self.timesteps = make_timestep_sampler(config.diffusion, device)
         self.inputs = InputSource(config, dataset, processes)
         self.damage = DamageWatch(config.data.max_damaged)
@@ -255,10 +258,16 @@ class Run:
     def conditions(self, x0: Tensor, inputs: StepInputs) -> Conditions:
         """What the network is told of images x0 [b, C, H, W] beside x_t and its time."""
         model = self.config.model
-        return Conditions(
-            labels=inputs.labels if model.hears_classes else None,
-            low_res=downsample(x0, model.low_res_size) if model.low_res_size else None,
-        )
+        labels = inputs.labels if model.hears_classes else None
+        if not model.low_res_size:
+            return Conditions(labels)
+        low_res = downsample(x0, model.low_res_size)
+        if self.low_res_noise is None:
+            return Conditions(labels, low_res)
+        step, noise = inputs.low_res_step, inputs.low_res_noise
+        assert step is not None
+        assert noise is not None
+        return Conditions(labels, self.low_res_noise.add(low_res, step, noise), self.low_res_noise.time(step))
 
     def micro_step(self, micro: MicroBatch) -> tuple[Tensor, Tensor]:
         """Forward, backward and, at the last of a step, the update; returns the mean loss and the losses [b]."""

@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, PlainSerializer, Tag, model_validator
 
+from trainer.diffusion_config import LowResNoiseConfig
 from trainer.section import Section
 
 
@@ -18,12 +19,18 @@ class ModelConfig(Section):
     num_classes: int = Field(0, ge=0)  # 0: unconditional
     null_class: bool = False  # one class more, "none": what label -1 means, and dropped labels become
     low_res_size: int = Field(0, ge=0)  # > 0: super-resolution net, conditioned on images of this size
+    low_res_noise: LowResNoiseConfig | None = None  # these images are noisy, and the net is told how much
 
     @model_validator(mode="after")
     def _condition_fits(self) -> ModelConfig:
         if self.low_res_size and (self.low_res_size >= self.image_size or self.image_size % self.low_res_size):
             raise ValueError(
                 f"model.low_res_size={self.low_res_size} must divide model.image_size={self.image_size} and be smaller"
+            )
+        if self.low_res_noise and not self.low_res_size:
+            raise ValueError(
+                "model.low_res_noise is noise on the images that are enlarged, and model.low_res_size=0 has none; set "
+                "the size of theirs, or model.low_res_noise=null"
             )
         if self.null_class and not self.num_classes:
             raise ValueError("model.null_class=true needs classes; set model.num_classes, or model.null_class=false")

@@ -62,7 +62,8 @@ def random_inputs(
     labels = torch.zeros(batch, dtype=torch.long, device=device) if model.hears_classes else None
     size = model.low_res_size
     low_res = torch.randn(batch, image_channels, size, size, device=device) if size else None
-    return x, torch.rand(batch, device=device), Conditions(labels, low_res)
+    low_res_time = torch.rand(batch, device=device) if model.low_res_noise else None
+    return x, torch.rand(batch, device=device), Conditions(labels, low_res, low_res_time)
 
 
 @lru_cache(maxsize=64)

@@ -69,11 +69,11 @@ class PointwiseConv(nn.Conv2d):
         return torch.baddbmm(bias, weight.expand(batch, -1, -1), x.flatten(2)).view(batch, -1, height, width)
 
 
-ConvT = TypeVar("ConvT", bound=nn.Conv2d)
+LayerT = TypeVar("LayerT", nn.Conv2d, PointwiseConv, nn.Linear)
 
 
-def zeroed(module: ConvT) -> ConvT:
-    """The same convolution with zero weights, so that its residual branch starts as the identity."""
+def zeroed(module: LayerT) -> LayerT:
+    """The same layer with zero weights, so that what it adds to starts as if it were not there."""
     nn.init.zeros_(module.weight)
     assert module.bias is not None
     nn.init.zeros_(module.bias)

@@ -15,7 +15,7 @@ ConfigT = TypeVar("ConfigT", bound=ModelConfig)
 
 
 class Network(nn.Module, Generic[ConfigT]):
-    """A network of a config, called with (x, timesteps, labels, low_res).
+    """A network of a config, called with (x, timesteps, *Conditions).
 
     With `checkpoint_activations` a training step keeps the blocks' inputs only and computes the blocks again for the
     backward pass: less memory for one forward pass more, and the same gradients.

@@ -40,16 +40,17 @@ class UNet(EncoderNetwork):
         self.out_conv = zeroed(nn.Conv2d(channels, out_channels, 3, padding=1))
 
     def forward(
-        self, x: Tensor, timesteps: Tensor, labels: Tensor | None = None, low_res: Tensor | None = None
-    ) -> Tensor:
-        """x [B, C, H, W], timesteps [B] (float), labels [B], low_res [B, C, h, w] -> [B, out_channels, H, W] (float32).
+        self, x: Tensor, timesteps: Tensor,
+        labels: Tensor | None = None, low_res: Tensor | None = None, low_res_time: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """x [B, C, H, W], timesteps [B] (float), and conditions -> [B, out_channels, H, W] (float32).
 
         A label below 0 means "no class" (`model.null_class`).
 
         Raises ValueError for images that cannot be halved as often as the network has levels, and (on the CPU, where
         looking costs nothing) for labels below 0 without a null class.
         """
-        emb = self.embed(timesteps, self.class_rows(labels))  # [B, 4C]
+        emb = self.embed(timesteps, self.class_rows(labels), low_res_time)  # [B, 4C]
         h, skips = self.encode(self.beside_low_res(x, low_res), emb)
         for step in self.decoder:
             if isinstance(step, UNetBlock):
