@@ -40,10 +40,11 @@ from evaluation.sample_files import Images, read_samples, write_npz, write_split
 from evaluation.sample_place import Place
 from evaluation.sampling_job import sample_chunks
 from evaluation.sampling_options import RESPACINGS, add_sampling_options, sampling_of
+from trainer.cascade import check_augmentation, check_cascade
 from trainer.diffusion.respacing import count_timesteps
 from trainer.export import Export, Weights, open_export
 from trainer.grid import save_grid
-from trainer.sampling import Stage, check_cascade, check_guidance
+from trainer.sampling import Stage, check_guidance
 from trainer.sampling_config import SamplingConfig
 
 GRID_IMAGES = 64
@@ -137,6 +138,7 @@ def _request(a: argparse.Namespace) -> Request:
     elif num_classes:
         labels = [number % num_classes for number in numbers] if base_labels is None else base_labels[rows]
     check_cascade(configs, base_size=0 if base is None else base.shape[-1], labels=labels)
+    check_augmentation(configs, samplings, has_base=base is not None)
     for config, sampling in zip(configs, samplings, strict=True):
         check_guidance(config, sampling.guidance, labels)
     base = None if base is None else base[rows]

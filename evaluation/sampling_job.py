@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from evaluation.chunks import Advance, Arrays, Chunks, cut
-from trainer.sampling import Stage, sample_cascade
+from trainer.cascade import sample_cascade, total_calls
+from trainer.sampling import Stage
 
 
 def sample_chunks(
@@ -45,7 +46,7 @@ def sample_chunks(
         FinishedElsewhere: another process has written the job's result, or will.
     """
     parts = cut(len(numbers), batch)
-    calls = sum(stage.num_calls for stage in stages)
+    calls = total_calls(stages)
 
     def make(number: int, advance: Advance) -> Arrays:
         part = parts[number]

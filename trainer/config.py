@@ -262,8 +262,8 @@ class RunConfig(Section):
             raise ValueError(f"model.low_res_noise: {error}") from None
         if noise.max_step >= process.num_timesteps:
             raise ValueError(
-                f"model.low_res_noise.max_step={noise.max_step}: the process has only {process.num_timesteps} steps; use "
-                f"1 to {process.num_timesteps - 1}, or set model.low_res_noise.num_timesteps to that of the stage below"
+                f"model.low_res_noise.max_step={noise.max_step}: the process has {process.num_timesteps} steps; use 1 "
+                f"to {process.num_timesteps - 1}, or set model.low_res_noise.num_timesteps to that of the stage below"
             )
         return self
 
@@ -301,6 +301,21 @@ class RunConfig(Section):
                 count_timesteps(self.diffusion.num_timesteps, grid.respacing)
             except ConfigError as error:
                 raise ValueError(f"train.sample_grid.{error}") from None
+        return self
+
+    @model_validator(mode="after")
+    def _samples_enlarge_what_they_can(self) -> RunConfig:
+        grid, noise = self.train.sample_grid, self.model.low_res_noise
+        if grid.num_images and grid.low_res_noise > (noise.max_step if noise else 0):
+            raise ValueError(
+                f"train.sample_grid.low_res_noise={grid.low_res_noise}: the network is trained with steps up to "
+                f"{noise.max_step if noise else 0} (model.low_res_noise.max_step); use 0 to that"
+            )
+        if grid.num_images and grid.augmentation == "truncated":
+            raise ValueError(
+                "train.sample_grid.augmentation=truncated ends a stage below early, and a grid has none: its small "
+                "images are the data's; use augmentation=non_truncated"
+            )
         return self
 
     @model_validator(mode="after")

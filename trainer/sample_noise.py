@@ -30,10 +30,10 @@ class SampleNoise:
 
     def __init__(
         self, seeds: Sequence[int], shape: tuple[int, int, int], *,
-        seed: int = 0, stage: int = 0, device: torch.device | str = "cpu",
+        seed: int = 0, stage: int = 0, device: torch.device | str = "cpu", stream: Stream = Stream.SAMPLE,
     ) -> None:  # fmt: skip
-        """`seed` and `stage` (of a cascade) name independent families of noise for the same sample numbers."""
-        self._generators = [generator(seed, Stream.SAMPLE, s, part=stage) for s in seeds]
+        """`seed`, `stage` (of a cascade) and `stream` name independent families of noise for the same numbers."""
+        self._generators = [generator(seed, stream, s, part=stage) for s in seeds]
         self._shape = shape
         self._device = torch.device(device)
         self._num_calls = 0

@@ -1,4 +1,4 @@
-"""Images from trained networks: one network, or a cascade in which each enlarges what the one before it made."""
+"""Images from a trained network."""
 
 from __future__ import annotations
 
@@ -8,11 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from data_pipeline.counter_rng import Stream
 from data_pipeline.errors import UserError
 from trainer.conditions import Conditions
 from trainer.config import RunConfig
 from trainer.diffusion.gaussian import Denoiser, GaussianDiffusion
 from trainer.diffusion.guidance import NULL_LABEL, guided, num_calls_a_step
+from trainer.diffusion.low_res_noise import LowResNoise
 from trainer.diffusion.predictor import Predictor
 from trainer.diffusion.samplers import SAMPLERS, to_uint8
 from trainer.diffusion.samplers.langevin import langevin
@@ -44,10 +46,10 @@ class Stage:
         return num_calls(self.config.diffusion, self.sampling)
 
 
-def num_calls(diffusion: DiffusionConfig, sampling: SamplingConfig) -> int:
-    """Network calls a sample: those of the sampler, each of them two where it is guided."""
+def num_calls(diffusion: DiffusionConfig, sampling: SamplingConfig, *, stop: int = 0) -> int:
+    """Network calls a sample: those of the sampler to step `stop`, each of them two where it is guided."""
     schedule = GaussianDiffusion.create(diffusion, respacing=sampling.respacing).schedule
-    calls = SAMPLERS[sampling.sampler].num_calls(schedule, corrector_steps=sampling.corrector_steps)
+    calls = SAMPLERS[sampling.sampler].num_calls(schedule, stop=stop, corrector_steps=sampling.corrector_steps)
     return calls * num_calls_a_step(sampling.guidance)
 
 
@@ -93,16 +95,66 @@ def sample(
 
     Args:
         labels: [n] classes, -1 for none; by default sample i has class i modulo the number of classes.
-        low_res: [n, C, h, w] in [-1, 1], what a super-resolution network is to enlarge.
+        low_res: [n, C, h, w] in [-1, 1], what a super-resolution network is to enlarge. It is made as noisy as
+            `stage.sampling.low_res_noise` says.
         stage_number: place in a cascade; each has noise of its own.
         progress: called for every network call, after it.
 
-    Raises UserError for classes that the network does not know, and for guidance that it cannot be given.
+    Raises UserError for classes that the network does not know, and for guidance or noise on low_res that it cannot be
+    given.
+    """
+    check_low_res_noise(stage.config, stage.sampling)
+    step = stage.sampling.low_res_noise
+    if low_res is not None:
+        low_res = noisy_low_res(stage, seeds, low_res, seed=seed, stage_number=stage_number, device=device)
+    images = draw(
+        stage, seeds, labels=labels, low_res=low_res, low_res_step=step, seed=seed, stage_number=stage_number,
+        device=device, progress=progress,
+    )  # fmt: skip
+    return to_uint8(images).cpu()
+
+
+def draw(
+    stage: Stage,
+    seeds: Sequence[int],
+    *,
+    labels: Sequence[int] | None,
+    low_res: Tensor | None,
+    low_res_step: int,
+    stop: int = 0,
+    seed: int,
+    stage_number: int,
+    device: torch.device | str,
+    progress: Progress,
+) -> Tensor:
+    """What the sampler itself makes: x_0, or z_stop as noisy as the last visited step that is not below `stop`.
+
+    As for `sample`, but for low_res, which is taken as it is, for z_s with s = `low_res_step`. Float [n, C, H, W].
     """
     size = stage.config.model.image_size
     noise = SampleNoise(seeds, (IMAGE_CHANNELS, size, size), seed=seed, stage=stage_number, device=device)
-    predictor = predictor_of(stage, seeds, labels=labels, low_res=low_res, device=device, progress=progress)
-    return to_uint8(run_sampler(stage.sampling, predictor, noise(), noise)).cpu()
+    predictor = predictor_of(
+        stage, seeds, labels=labels, low_res=low_res, low_res_step=low_res_step, device=device, progress=progress
+    )
+    return run_sampler(stage.sampling, predictor, noise(), noise, stop=stop)
+
+
+def noisy_low_res(
+    stage: Stage, seeds: Sequence[int], low_res: Tensor, *, seed: int, stage_number: int, device: torch.device | str
+) -> Tensor:
+    """Small images [n, C, h, w] in [-1, 1] as noisy as `stage.sampling.low_res_noise` says, each by noise of its own.
+
+    That noise is no other's: x_T and what the sampler draws are the same for every s.
+    """
+    low_res, step, process = low_res.to(device), stage.sampling.low_res_noise, stage.config.low_res_process
+    if not step or process is None:
+        return low_res
+    noise = SampleNoise(
+        seeds, (low_res.shape[1], low_res.shape[2], low_res.shape[3]),
+        seed=seed, stage=stage_number, device=device, stream=Stream.SAMPLE_LOW_RES,
+    )  # fmt: skip
+    steps = torch.full((len(low_res),), step, device=device)
+    return LowResNoise.create(process, device).add(low_res, steps, noise())
 
 
 def predictor_of(
@@ -111,70 +163,31 @@ def predictor_of(
     *,
     labels: Sequence[int] | None = None,
     low_res: Tensor | None = None,
+    low_res_step: int = 0,
     device: torch.device | str = "cpu",
     progress: Progress = no_progress,
 ) -> Predictor:
-    """The stage's network on the process that is sampled along; arguments and errors as for `sample`."""
+    """The stage's network on the process that is sampled along; arguments and errors as for `draw`."""
     diffusion = GaussianDiffusion.create(stage.config.diffusion, device, stage.sampling.respacing)
-    classes = _classes(stage, seeds, labels)
-    conditions = Conditions(None if classes is None else torch.tensor(classes), low_res)
+    classes, process, low_res_time = _classes(stage, seeds, labels), stage.config.low_res_process, None
+    if process is not None:
+        low_res_time = LowResNoise.create(process).time(torch.full((len(seeds),), low_res_step))
+    conditions = Conditions(None if classes is None else torch.tensor(classes), low_res, low_res_time)
     denoiser = _denoiser(stage, conditions.map(lambda value: value.to(device)))
     watched = _watched(denoiser, num_calls_a_step(stage.sampling.guidance), progress)
     return Predictor(watched, diffusion, threshold_of(stage.sampling))
 
 
-def run_sampler(sampling: SamplingConfig, predictor: Predictor, x: Tensor, noise: Noise) -> Tensor:
-    """From x at the first step of the predictor's process, [B, C, H, W], to x_0 by the sampler that was asked for."""
+def run_sampler(
+    sampling: SamplingConfig, predictor: Predictor, x: Tensor, noise: Noise, *, stop: int = 0
+) -> Tensor:  # fmt: skip
+    """From x at the first step of the predictor's process, [B, C, H, W], by the sampler that was asked for.
+
+    To x_0, or to the last visited step that is not below `stop`.
+    """
     sampler = SAMPLERS[sampling.sampler]
     options = {name: getattr(sampling, name) for name in sampler.options}
-    return sampler(predictor, x, noise=noise, corrector=corrector_of(sampling), **options)
-
-
-def sample_cascade(
-    stages: Sequence[Stage],
-    seeds: Sequence[int],
-    *,
-    base: Tensor | None = None,
-    labels: Sequence[int] | None = None,
-    seed: int = 0,
-    device: torch.device | str = "cpu",
-    progress: Progress = no_progress,
-) -> list[Tensor]:
-    """The images of every stage, uint8 [n, C, H, W]: each stage enlarges those of the stage before.
-
-    The first stage starts from noise, or enlarges `base`, uint8 [n, C, h, w], as if a stage before had made it.
-    Between stages images are rounded to 8 bits: so the stages may as well run one by one, with files between them.
-    Raises UserError for stages that do not fit together, and for classes that one does not know.
-    """
-    configs = [stage.config for stage in stages]
-    check_cascade(configs, base_size=0 if base is None else base.shape[-1], labels=labels)
-    images = [] if base is None else [base]
-    for stage in stages:
-        low_res = images[-1].float() / 127.5 - 1 if images else None
-        made = sample(
-            stage, seeds, labels=labels, low_res=low_res, seed=seed, stage_number=len(images), device=device,
-            progress=progress,
-        )  # fmt: skip
-        images.append(made)
-    return images if base is None else images[1:]
-
-
-def check_cascade(configs: Sequence[RunConfig], *, base_size: int = 0, labels: Sequence[int] | None = None) -> None:
-    """Raises UserError unless each network enlarges what those before it make, and all know the classes `labels`.
-
-    `base_size`: of the images that the first is given, 0 for none.
-    """
-    size, classes = base_size, 0
-    for number, config in enumerate(configs, start=1):
-        model = config.model
-        if model.low_res_size != size:
-            needs = f"{model.low_res_size} px images to enlarge" if model.low_res_size else "no images to start from"
-            given = f"{size} px images" if size else "none"
-            raise UserError(f"stage {number} ({config.name}) takes {needs}, but is given {given}; mind the order.")
-        if model.num_classes and classes and model.num_classes != classes:
-            raise UserError(f"stage {number} ({config.name}) knows {model.num_classes} classes, one before {classes}.")
-        check_labels(config, labels or ())
-        size, classes = model.image_size, model.num_classes or classes
+    return sampler(predictor, x, noise=noise, stop=stop, corrector=corrector_of(sampling), **options)
 
 
 def check_labels(config: RunConfig, labels: Sequence[int]) -> None:
@@ -184,6 +197,21 @@ def check_labels(config: RunConfig, labels: Sequence[int]) -> None:
     unknown = sorted({label for label in labels if not lowest <= label < num_classes})
     if num_classes and unknown:
         raise UserError(f"class {unknown[0]} is unknown to {config.name}: it knows {lowest} to {num_classes - 1}.")
+
+
+def check_low_res_noise(config: RunConfig, sampling: SamplingConfig) -> None:
+    """Raises UserError for noise on low-resolution images that the network was not trained with."""
+    step, noise = sampling.low_res_noise, config.model.low_res_noise
+    if step and noise is None:
+        raise UserError(
+            f"low_res_noise={step}: {config.name} was trained without noise on the images that it enlarges; use "
+            "low_res_noise=0, or a network trained with model.low_res_noise."
+        )
+    if noise is not None and step > noise.max_step:
+        raise UserError(
+            f"low_res_noise={step}: {config.name} was trained with steps up to {noise.max_step} "
+            "(model.low_res_noise.max_step); use 0 to that."
+        )
 
 
 def check_guidance(config: RunConfig, guidance: float, labels: Sequence[int] | None = None) -> None:

@@ -42,6 +42,12 @@ class SamplingConfig(Section):
         values = {name: getattr(self, name) for name in fields}
         return {k: v for k, v in values.items() if k in _ALWAYS_SAID or v != fields[k].default}
 
+    # How noisy the images are made that a super-resolution network enlarges: a step s of the stage below's process, for
+    # networks with `model.low_res_noise`. And how that comes about: finished images are noised again, or the stage
+    # below ends at its step s (trainer/cascade.py).
+    low_res_noise: int = Field(0, ge=0)
+    augmentation: Literal["non_truncated", "truncated"] = "non_truncated"
+
     @model_validator(mode="before")
     @classmethod
     def _old_name(cls, tree: Any) -> Any:
@@ -51,6 +57,15 @@ class SamplingConfig(Section):
         if "respacing" in tree:
             raise ValueError(f"num_steps={tree['num_steps']}: this key is named respacing now; set that instead")
         return {k: v for k, v in tree.items() if k != "num_steps"} | {"respacing": tree["num_steps"]}
+
+    @model_validator(mode="after")
+    def _truncation_has_a_step(self) -> SamplingConfig:
+        if self.augmentation == "truncated" and not self.low_res_noise:
+            raise ValueError(
+                "augmentation=truncated ends the stage below at step low_res_noise, which is 0: its image; set "
+                "low_res_noise, or augmentation=non_truncated"
+            )
+        return self
 
     @model_validator(mode="after")
     def _eta_is_heard(self) -> SamplingConfig:

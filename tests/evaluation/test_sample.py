@@ -29,9 +29,10 @@ from evaluation.sample import main
 from evaluation.sample_files import read_samples, write_npz
 from evaluation.sample_place import Place
 from evaluation.sampling_job import sample_chunks
+from trainer.cascade import sample_cascade
 from trainer.diffusion.samplers import to_uint8
 from trainer.export import open_export
-from trainer.sampling import sample, sample_cascade
+from trainer.sampling import sample
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ("model.image_size=8", "model.attention_resolutions=[4]", "model.num_classes=4", "model.null_class=true")
@@ -220,7 +221,7 @@ def test_an_interrupted_job_goes_on(
             raise KeyboardInterrupt
 
     for target, how in (
-        ("trainer.sampling.to_uint8", lambda images, own=to_uint8: stop_at_third() or own(images)),
+        ("trainer.cascade.to_uint8", lambda images, own=to_uint8: stop_at_third() or own(images)),
         ("evaluation.sample.save_grid", stopped),
         ("evaluation.sample.write_json", stopped),
         ("evaluation.sample_place.Place.remove_chunks", stopped),

@@ -11,11 +11,12 @@ from random_stage import make_stage
 from torch import Tensor
 
 from data_pipeline.errors import UserError
+from trainer.cascade import sample_cascade
 from trainer.conditions import Conditions
 from trainer.diffusion.gaussian import GaussianDiffusion
 from trainer.diffusion.guidance import guided, mixed, num_calls_a_step
 from trainer.diffusion_config import DiffusionConfig
-from trainer.sampling import Stage, check_guidance, sample, sample_cascade
+from trainer.sampling import Stage, check_guidance, sample
 from trainer.sampling_config import SamplingConfig
 
 CLASSES = ("model.num_classes=4", "model.null_class=true")

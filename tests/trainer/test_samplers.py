@@ -14,13 +14,14 @@ from ranks import run_ranks
 from torch import Tensor
 
 from data_pipeline.errors import UserError
+from trainer.cascade import check_cascade, sample_cascade
 from trainer.config import load_config
 from trainer.diffusion.gaussian import GaussianDiffusion
 from trainer.diffusion.predictor import Predictor
 from trainer.diffusion.samplers import SAMPLERS, to_uint8
 from trainer.diffusion_config import DiffusionConfig
 from trainer.sample_noise import SampleNoise
-from trainer.sampling import Stage, check_cascade, sample, sample_cascade
+from trainer.sampling import Stage, sample
 from trainer.sampling_config import SamplingConfig
 
 FIXED = DiffusionConfig(num_timesteps=200, variance="fixed_small", objective="simple", rescale_timesteps=False)
