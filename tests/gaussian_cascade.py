@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from trainer.cascade import step_reached
 from trainer.config import RunConfig, load_config
 from trainer.diffusion.gaussian import GaussianDiffusion
 from trainer.diffusion.low_res_noise import LowResNoise
@@ -58,7 +59,7 @@ class PerfectNetwork(nn.Module):
         labels: Tensor | None = None, low_res: Tensor | None = None, low_res_time: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         step = 0 if low_res_time is None else int(low_res_time[0])
-        on_x, on_z = self._weights(int(time[0]), step)
+        on_x, on_z = self.weights(int(time[0]), step)
         alpha, _ = self._level(self.process, int(time[0]))
         deviation = (x.double() - alpha * MEAN).flatten(2) @ on_x.T
         if low_res is not None:
@@ -66,7 +67,7 @@ class PerfectNetwork(nn.Module):
             deviation = deviation + (low_res.double() - alpha_s * MEAN).flatten(2) @ on_z.T
         return (MEAN + deviation).view(x.shape).float()
 
-    def _weights(self, t: int, s: int) -> tuple[Tensor, Tensor]:
+    def weights(self, t: int, s: int) -> tuple[Tensor, Tensor]:
         """Of x_t and z_s, less their means, in E[x_0 | x_t, z_s] less its own."""
         if (t, s) not in self._known:
             alpha, sigma = self._level(self.process, t)
@@ -101,3 +102,40 @@ def perfect_stage(
         settings.append(f"model.low_res_noise.max_step={max_step}")
     config = load_config(path, settings)
     return Stage(PerfectNetwork(config), config, sampling)
+
+
+def sampled_covariance(stages: list[Stage]) -> Tensor:
+    """Of one channel's pixels as DDIM without noise must make them: every step is linear. [size², size²] float64
+
+    The last stage's, from all that go before: closed form, without a sample.
+    """
+    spread = torch.zeros(0, 0, dtype=torch.float64)  # of what the stage is given
+    for stage, above in zip(stages, [*stages[1:], None], strict=True):
+        truncated = above is not None and above.sampling.augmentation == "truncated"
+        stop = above.sampling.low_res_noise if above is not None and truncated else 0
+        told = stage.sampling.low_res_noise
+        if stage is not stages[0] and stage.sampling.augmentation == "truncated":
+            told = step_reached(stages[0].config.diffusion, stage.sampling, told)  # all stages visit the same steps
+        on_noise, on_z = _linear_map(stage, told, stop)
+        spread = on_noise @ on_noise.T + (on_z @ spread @ on_z.T if len(spread) else 0)
+        if above is not None and above.sampling.low_res_noise and not truncated:
+            level = GaussianDiffusion.create(stage.config.diffusion).schedule.level(above.sampling.low_res_noise)
+            spread = level.alpha**2 * spread + level.sigma**2 * torch.eye(len(spread))
+    return spread
+
+
+def _linear_map(stage: Stage, told: int, stop: int) -> tuple[Tensor, Tensor]:
+    """The matrices that take x_T and z_s, less its mean, to where the stage ends, less that mean."""
+    network, process = stage.network, GaussianDiffusion.create(stage.config.diffusion, "cpu", stage.sampling.respacing)
+    assert isinstance(network, PerfectNetwork)
+    schedule, pixels = process.schedule, stage.config.model.image_size**2
+    on_noise = torch.eye(pixels, dtype=torch.float64)
+    on_z = torch.zeros(pixels, stage.config.model.low_res_size**2, dtype=torch.float64)
+    for step in range(process.num_timesteps - 1, max(schedule.last_step(stop), -1), -1):
+        here, there = schedule.level(step), schedule.level(step - 1)
+        x0_of_x, x0_of_z = network.weights(int(schedule.timestep_map[step]), told)
+        keep = there.sigma / here.sigma
+        on_x0 = there.alpha - keep * here.alpha
+        on_z = keep * on_z + on_x0 * (x0_of_x @ on_z + x0_of_z if on_z.numel() else on_z)
+        on_noise = keep * on_noise + on_x0 * x0_of_x @ on_noise
+    return on_noise, on_z

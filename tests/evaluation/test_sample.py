@@ -230,7 +230,7 @@ def test_an_interrupted_job_goes_on(
             patch.setattr(target, how)
             with pytest.raises(KeyboardInterrupt):
                 run(*given, "--out", out)
-        if target == "trainer.sampling.to_uint8":
+        if target == "trainer.cascade.to_uint8":
             assert len(list((out.parent / f".{name}.chunks").glob("*/samples/*.npz"))) == 2
     run(*given, "--out", out)
     assert calls == [[0, 1], [2, 3], [4, 5], [4, 5], [6, 7]]
@@ -282,7 +282,7 @@ def test_an_account_stays_until_its_images_are_replaced(
     def stopped(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    for target in ("trainer.sampling.to_uint8", "evaluation.sample.write_json"):
+    for target in ("trainer.cascade.to_uint8", "evaluation.sample.write_json"):
         assert account.read_bytes() == before
         with monkeypatch.context() as patch:
             patch.setattr(target, stopped)

@@ -15,6 +15,7 @@ from trainer.processes import Processes
 from trainer.step_inputs import StepInputs
 
 CLASSES = ("model.num_classes=4", "model.null_class=true")
+LOW_RES = ("model.low_res_size=8", "model.low_res_noise.max_step=3")
 
 
 def made(config_path: Path, *overrides: str, world_size: int = 1, nimg: int = 16) -> StepInputs:
@@ -26,17 +27,17 @@ def made(config_path: Path, *overrides: str, world_size: int = 1, nimg: int = 16
         source = InputSource(config, dataset, Processes(rank, world_size, rank, torch.device("cpu")))
         shares.append(source.make(nimg))
         source.close()
-    fields = ("images", "labels", "u", "noise")
-    return StepInputs(*(torch.cat([getattr(share, field) for share in shares]) for field in fields))
+    fields = [name for name, value in vars(shares[0]).items() if isinstance(value, torch.Tensor)]
+    return StepInputs(**{field: torch.cat([getattr(share, field) for share in shares]) for field in fields})
 
 
 @pytest.mark.parametrize("sampler", ["uniform", "stratified"])
 def test_inputs_do_not_depend_on_the_number_of_processes(tiny_config: Path, sampler: str) -> None:
-    settings = (*CLASSES, f"diffusion.timestep_sampler={sampler}", "train.class_dropout=0.5")
+    settings = (*CLASSES, *LOW_RES, f"diffusion.timestep_sampler={sampler}", "train.class_dropout=0.5")
     whole = made(tiny_config, *settings)
     for world_size in (2, 4):
         parts = made(tiny_config, *settings, world_size=world_size)
-        for field in ("images", "labels", "u", "noise"):
+        for field in ("images", "labels", "u", "noise", "low_res_step", "low_res_noise"):
             assert torch.equal(getattr(whole, field), getattr(parts, field)), field
 
 
@@ -85,3 +86,37 @@ def test_class_dropout_needs_a_null_class(tiny_config: Path) -> None:
         load_config(tiny_config, ["model.num_classes=4", "train.class_dropout=0.1"])
     with pytest.raises(ConfigError, match=r"model\.num_classes"):
         load_config(tiny_config, ["model.null_class=true"])
+
+
+def test_noise_on_small_images_is_drawn_for_each_image(tiny_config: Path) -> None:
+    batches = [made(tiny_config, *LOW_RES, nimg=8 * step) for step in range(100)]
+    steps = torch.cat([batch.low_res_step for batch in batches])  # type: ignore[misc]
+    noise = torch.cat([batch.low_res_noise for batch in batches])  # type: ignore[misc]
+    assert noise.shape == (800, 3, 8, 8)
+    assert steps.unique().tolist() == [0, 1, 2, 3]  # max_step among them
+    counts = steps.bincount()
+    assert float(((counts - 200) ** 2 / 200).sum()) < 16.3  # chi-squared with 3 degrees of freedom: 1 in 1000
+    assert abs(float(noise.mean())) < 0.01
+    assert abs(float(noise.std()) - 1) < 0.01
+    # None of it goes by the timestep, or by the noise of the image itself.
+    u = torch.cat([batch.u for batch in batches])
+    assert abs(float(torch.corrcoef(torch.stack([u, steps.double()]))[0, 1])) < 0.12
+    large = torch.cat([batch.noise for batch in batches])[:, :, ::2, ::2]
+    assert abs(float((large * noise).mean())) < 0.01
+
+
+def test_other_inputs_do_not_change_with_noise_on_small_images(tiny_config: Path) -> None:
+    plain, noisy = made(tiny_config, "model.low_res_size=8"), made(tiny_config, *LOW_RES)
+    assert plain.low_res_step is None
+    assert plain.low_res_noise is None
+    for field in ("images", "labels", "u", "noise"):
+        assert torch.equal(getattr(plain, field), getattr(noisy, field))
+
+
+def test_micro_batches_carry_all_there_is(tiny_config: Path) -> None:
+    whole = made(tiny_config, *LOW_RES)
+    for field in ("images", "u", "low_res_step", "low_res_noise"):
+        parts = [getattr(part, field) for part in whole.split(2)]
+        assert len(parts) == 4
+        assert torch.equal(torch.cat(parts), getattr(whole, field))
+    assert len(list(made(tiny_config).split(8))) == 1

@@ -22,7 +22,8 @@ PROFILES = ["train.ema_profiles=[0.1]", "train.ema_snapshot_every_images=24"]
 IMPORTANCE = ["diffusion.objective=vlb", "diffusion.timestep_sampler=loss_second_moment", "diffusion.num_timesteps=4"]
 # Everything about the inputs that depends on an image's place in the global batch, in one run.
 PLACES = ["diffusion.prediction=v", "diffusion.timestep_sampler=stratified", "model.num_classes=4",
-          "model.null_class=true", "train.class_dropout=0.4"]  # fmt: skip
+          "model.null_class=true", "train.class_dropout=0.4", "model.low_res_size=8",
+          "model.low_res_noise.max_step=60", "train.micro_batch=2"]  # fmt: skip
 
 
 def weights(run: Path, nimg: int = FULL) -> dict[str, torch.Tensor]:
@@ -78,17 +79,18 @@ def runs(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         whole = [scenario(f"s{stage}w{world}", stage) for stage in (0, 1, 2, 3)]
         half = [scenario(f"half-s{s}w{world}", s, f"train.budget_images={HALF}") for s in (1, 2, 3)]
         vlb = [scenario("vlb", 2, *IMPORTANCE), scenario("half-vlb", 2, *IMPORTANCE, f"train.budget_images={HALF}")]
-        places = scenario(f"places-w{world}", 2 * world - 1, *PLACES, "train.micro_batch=2")
-        again = scenario(f"checkpointed-w{world}", 2 * world - 1, *PLACES, "train.micro_batch=2",
-                         "engine.activation_checkpointing=true")  # fmt: skip
+        places = scenario(f"places-w{world}", 2 * world - 1, *PLACES)
+        again = scenario(f"checkpointed-w{world}", 2 * world - 1, *PLACES, "engine.activation_checkpointing=true")
+        half.append(scenario(f"half-places-w{world}", 2 * world - 1, *PLACES, f"train.budget_images={HALF}"))
         train(world, whole + half + [places, again] + (vlb if world == 2 else []))
     for source, target in [(f"half-s{s}w2", f"resumed-s{s}w2") for s in (1, 2, 3)] + [
-        ("half-vlb", "resumed-vlb"), ("half-s3w2", "moved-s3w2-to-s1w1"), ("half-s1w1", "moved-s1w1-to-s3w2"),
-        ("half-s2w2", "moved-s2w2-to-s0w2"),
+        ("half-vlb", "resumed-vlb"), ("half-places-w2", "resumed-places"), ("half-s3w2", "moved-s3w2-to-s1w1"),
+        ("half-s1w1", "moved-s1w1-to-s3w2"), ("half-s2w2", "moved-s2w2-to-s0w2"),
     ]:  # fmt: skip
         shutil.copytree(base / source, base / target)
     train(2, [scenario(f"resumed-s{s}w2", s) for s in (1, 2, 3)] + [
-        scenario("resumed-vlb", 2, *IMPORTANCE), scenario("moved-s1w1-to-s3w2", 3), scenario("moved-s2w2-to-s0w2", 0),
+        scenario("resumed-vlb", 2, *IMPORTANCE), scenario("resumed-places", 3, *PLACES),
+        scenario("moved-s1w1-to-s3w2", 3), scenario("moved-s2w2-to-s0w2", 0),
     ])  # fmt: skip
     train(1, [scenario("moved-s3w2-to-s1w1", 1)])
     return base
@@ -117,6 +119,12 @@ def test_stratified_draws_and_dropped_classes_are_the_global_batchs(runs: Path) 
     one, two = losses(runs / "places-w1"), losses(runs / "places-w2")  # ZeRO 1 on one process, 3 on two
     assert all(two[n] == pytest.approx(one[n], rel=1e-6) for n in one)
     assert relative_difference(runs / "places-w1", runs / "places-w2") < 1e-5
+
+
+def test_resume_is_bit_exact_where_all_that_can_be_drawn_is(runs: Path) -> None:
+    assert (runs / "resumed-places" / f"metrics.{HALF}.jsonl").exists()
+    assert relative_difference(runs / "resumed-places", runs / "places-w2") == 0.0
+    assert losses(runs / "resumed-places")[FULL] == losses(runs / "places-w2")[FULL]
 
 
 @pytest.mark.parametrize("world", [1, 2])

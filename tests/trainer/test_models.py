@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from benchmarks.roofline import layers_of
 from benchmarks.unet_step import CPU_PRESETS, PRESETS
-from trainer.diffusion_config import DiffusionConfig
-from trainer.model_config import ModelConfig, UNetConfig
+from trainer.diffusion_config import DiffusionConfig, LowResNoiseConfig
+from trainer.model_config import DiTConfig, ModelConfig, UNetConfig
 from trainer.models import build_model, count
 from trainer.models.blocks import GroupNorm, PointwiseConv, Upsample, attend
 
@@ -88,10 +88,39 @@ def test_time_class_and_low_resolution_all_reach_the_output() -> None:
     assert not torch.allclose(base, network(x, time, label, low + 1))
 
 
+SUPER_RESOLUTION: list[Any] = [
+    UNetConfig(image_size=16, channels=8, channel_mult=(1, 2), num_res_blocks=1, num_heads=2, low_res_size=4),
+    DiTConfig(image_size=16, patch_size=4, width=16, depth=2, num_heads=2, low_res_size=4),
+]  # fmt: skip
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("model", SUPER_RESOLUTION, ids=lambda model: model.name)
+def test_a_network_that_is_told_of_noise_begins_as_one_that_is_not(model: Any) -> None:
+    """Bit for bit, and from its weights: with more parameters, but all that act in the end are zero."""
+    noisy = model.model_copy(update={"low_res_noise": LowResNoiseConfig(max_step=50)})
+    plain, told = perturbed(model), build_model(noisy, LEARNED)
+    missing, unexpected = told.load_state_dict(plain.state_dict(), strict=False)
+    assert unexpected == []
+    assert {name.split(".")[0] for name in missing} == {"low_res_time_embed"}
+    x, time, low, s = torch.randn(2, 3, 16, 16), torch.tensor([10.0, 700.0]), torch.randn(2, 3, 4, 4), torch.tensor(
+        [0.0, 400.0]
+    )  # fmt: skip
+    assert torch.equal(told(x, time, None, low, s), plain(x, time, None, low))
+    for parameter in told.low_res_time_embed.parameters():  # type: ignore[union-attr]
+        parameter.add_(0.05 * torch.randn_like(parameter))
+    first, second = told(x, time, None, low, s), told(x, time, None, low, s.flip(0))
+    assert (first != second).flatten(1).any(dim=1).all()
+
+
 def test_every_parameter_gets_a_gradient() -> None:
-    model = UNetConfig(image_size=16, channels=8, channel_mult=(1, 2), num_res_blocks=2, num_classes=3, num_heads=2)
-    network = perturbed(model)
-    network(torch.randn(2, 3, 16, 16), torch.tensor([1.0, 2.0]), torch.tensor([0, 1])).square().sum().backward()
+    model = UNetConfig(
+        image_size=16, channels=8, channel_mult=(1, 2), num_res_blocks=2, num_classes=3, num_heads=2, low_res_size=8,
+        low_res_noise=LowResNoiseConfig(max_step=50),
+    )  # fmt: skip
+    network, x = perturbed(model), torch.randn(2, 3, 16, 16)
+    time = torch.tensor([1.0, 2.0])
+    network(x, time, torch.tensor([0, 1]), x[..., ::2, ::2], 2 * time).square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
 
 

@@ -93,6 +93,26 @@ def add_residual(x: Tensor, h: Tensor, *, rescale: bool) -> Tensor:
     return (x + h) * math.sqrt(0.5) if rescale else x + h
 
 
+class LowResTimeEmbedding(nn.Module):
+    """How noisy the low-resolution images are, as something that is added to the embedding of time.
+
+    It starts at zero: the network begins as one that is not told, and so may go on from the weights of one that was
+    trained without such noise.
+    """
+
+    def __init__(self, channels: int, emb_channels: int) -> None:
+        super().__init__()
+        self.channels = channels
+        self.hidden = nn.Linear(channels, emb_channels)
+        self.proj = zeroed(nn.Linear(emb_channels, emb_channels))
+
+    def forward(self, low_res_time: Tensor | None) -> Tensor:
+        """[B] -> [B, emb_channels]."""
+        assert low_res_time is not None, "this network is to be told how noisy the low-resolution images are"
+        out: Tensor = self.proj(F.silu(self.hidden(timestep_embedding(low_res_time, self.channels))))
+        return out
+
+
 class ResBlock(nn.Module):
     """Two 3x3 convolutions with the time (and class) embedding between them, and a skip connection.
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.model_config import DiTConfig
-from trainer.models.blocks import attend, timestep_embedding
+from trainer.models.blocks import LowResTimeEmbedding, attend, timestep_embedding
 from trainer.models.network import Network
 
 TIME_CHANNELS = 256  # of the sinusoid, whatever the width
@@ -32,6 +32,7 @@ class DiT(Network[DiTConfig]):
         self.register_buffer("positions", position_embedding(config.grid_size, width), persistent=False)  # [N, width]
         self.time_embed = nn.Sequential(nn.Linear(TIME_CHANNELS, width), nn.SiLU(), nn.Linear(width, width))
         self.class_embed = nn.Embedding(num_embeddings, width) if num_embeddings else None
+        self.low_res_time_embed = LowResTimeEmbedding(TIME_CHANNELS, width) if config.low_res_noise else None
         self.blocks = nn.ModuleList(DiTBlock(config) for _ in range(config.depth))
         self.out_modulation = nn.Linear(width, 2 * width)
         self.out_proj = nn.Linear(width, out_channels * pixels)
@@ -45,13 +46,14 @@ class DiT(Network[DiTConfig]):
         for name, parameter in self.named_parameters():
             if name.startswith(("time_embed.", "class_embed.")) and name.endswith("weight"):
                 nn.init.normal_(parameter, std=INIT_STD)
-            elif name.startswith("out_") or ".modulation." in name:
+            elif name.startswith(("out_", "low_res_time_embed.proj.")) or ".modulation." in name:
                 nn.init.zeros_(parameter)
 
     def forward(
-        self, x: Tensor, timesteps: Tensor, labels: Tensor | None = None, low_res: Tensor | None = None
-    ) -> Tensor:
-        """x [B, C, H, W], timesteps [B] (float), labels [B], low_res [B, C, h, w] -> [B, out_channels, H, W] (float32).
+        self, x: Tensor, timesteps: Tensor,
+        labels: Tensor | None = None, low_res: Tensor | None = None, low_res_time: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
+        """x [B, C, H, W], timesteps [B] (float), and conditions -> [B, out_channels, H, W] (float32).
 
         A label below 0 means "no class" (`model.null_class`).
 
@@ -64,6 +66,8 @@ class DiT(Network[DiTConfig]):
         emb: Tensor = self.time_embed(timestep_embedding(timesteps, TIME_CHANNELS))  # [B, width]
         if self.class_embed is not None:
             emb = emb + self.class_embed(self.class_rows(labels))
+        if self.low_res_time_embed is not None:
+            emb = emb + self.low_res_time_embed(low_res_time)
         emb = F.silu(emb)
         tokens = patches(self.beside_low_res(x, low_res), self.config.patch_size)
         h = self.patch_embed(tokens) + self.positions  # [B, N, width], float32 also where products are not

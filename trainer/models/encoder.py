@@ -7,7 +7,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from trainer.model_config import EncoderConfig
-from trainer.models.blocks import Attention, Downsample, ResBlock, Resize, Upsample, timestep_embedding, zeroed
+from trainer.models.blocks import (
+    Attention,
+    Downsample,
+    LowResTimeEmbedding,
+    ResBlock,
+    Resize,
+    Upsample,
+    timestep_embedding,
+)
 from trainer.models.network import Network
 
 
@@ -38,12 +46,9 @@ class EncoderNetwork(Network[EncoderConfig]):
             nn.Linear(config.channels, self.emb_channels), nn.SiLU(), nn.Linear(self.emb_channels, self.emb_channels)
         )
         self.class_embed = nn.Embedding(num_embeddings, self.emb_channels) if num_embeddings else None
-        # How noisy the low-resolution images are. It starts at zero: the network begins as one that is not told, and
-        # so may the weights of one that was trained without such noise.
-        self.low_res_time_embed = nn.Sequential(
-            nn.Linear(config.channels, self.emb_channels), nn.SiLU(),
-            zeroed(nn.Linear(self.emb_channels, self.emb_channels)),
-        ) if config.low_res_noise else None  # fmt: skip
+        self.low_res_time_embed = (
+            LowResTimeEmbedding(config.channels, self.emb_channels) if config.low_res_noise else None
+        )
 
         channels = config.widths[0]
         self.stem = nn.Conv2d(in_channels, channels, 3, padding=1)
@@ -91,8 +96,7 @@ class EncoderNetwork(Network[EncoderConfig]):
         if self.class_embed is not None:
             emb = emb + self.class_embed(rows)
         if self.low_res_time_embed is not None:
-            assert low_res_time is not None, "this network is to be told how noisy the low-resolution images are"
-            emb = emb + self.low_res_time_embed(timestep_embedding(low_res_time, self.config.channels))
+            emb = emb + self.low_res_time_embed(low_res_time)
         return F.silu(emb)
 
     def encode(self, x: Tensor, emb: Tensor) -> tuple[Tensor, list[Tensor]]:
