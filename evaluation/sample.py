@@ -5,8 +5,11 @@
     torchrun --nproc_per_node 8 -m evaluation.sample -- RUN/exports/000064000000 --num 50000 --out samples.npz
     python -m evaluation.sample BASE_64PX UPSAMPLER_256PX --respacing 250 --respacing 100 --out samples.npz
     python -m evaluation.sample UPSAMPLER_256PX --base samples64.npz --out samples256.npz
+    python -m evaluation.sample BASE_32PX TO_64PX TO_256PX --low-res-noise 300 --low-res-noise 200 \\
+        --augmentation truncated --out samples256.npz
 
-Each export after the first enlarges what the one before it made. An npz holds `arr_0`, uint8 [N, H, W, 3], and for
+Each export after the first enlarges what the one before it made, with noise on it where the network was trained so
+(trainer/cascade.py). An npz holds `arr_0`, uint8 [N, H, W, 3], and for
 class-conditional networks `arr_1`, the classes [N]: the layout in which published samples come. Any other --out is a
 folder of shards, a data split like those of training. With them come a grid (.png) and an account of what was made
 (.json). Image i is a function of --seed, i, its class and its row of --base: its noise bit for bit, its pixels up to
@@ -46,9 +49,17 @@ from trainer.export import Export, Weights, open_export
 from trainer.grid import save_grid
 from trainer.sampling import Stage, check_guidance
 from trainer.sampling_config import SamplingConfig
+from trainer.section import Section
 
 GRID_IMAGES = 64
 MAX_IMAGES = 100_000_000  # their list of chunks and of classes still fits in memory
+# Keys of the sections `model` and `diffusion` that have been part of the images' keys from the start.
+_ALWAYS_SAID = {
+    "name", "image_size", "dropout", "num_classes", "null_class", "low_res_size", "channels", "channel_mult",
+    "num_res_blocks", "attention_resolutions", "num_heads", "use_scale_shift_norm",
+    "num_timesteps", "schedule", "prediction", "variance", "objective", "mse_target", "vlb_weight", "timestep_sampler",
+    "rescale_timesteps",
+}  # fmt: skip
 T = TypeVar("T")
 
 
@@ -87,7 +98,7 @@ class Request:
 
     def key(self, options: dict[str, Any]) -> str:
         """Names the images: of the options, and of the configs that say how the weights are to be read."""
-        configs = [(e.config.model.model_dump(), e.config.diffusion.model_dump()) for e in self.exports]
+        configs = [(_said(e.config.model), _said(e.config.diffusion)) for e in self.exports]
         return hashlib.sha256(json.dumps([options, configs], sort_keys=True).encode()).hexdigest()[:16]
 
     def account(self, options: dict[str, Any], key: str) -> dict[str, Any]:
@@ -98,7 +109,7 @@ class Request:
             "num": len(self.numbers),
             "seed": self.seed,
             "batch": self.batch,
-            **{name: [getattr(s, name) for s in self.samplings] for name in self.samplings[0].said()},
+            **{name: [getattr(s, name) for s in self.samplings] for s in self.samplings for name in s.said()},
             "base": str(self.base_path) if self.base_path else None,
             "weights": self.weights,
             "exports": [
@@ -111,6 +122,12 @@ class Request:
     def source(self, options: dict[str, Any]) -> SourceInfo:
         """What a manifest says of where the images came from."""
         return SourceInfo(kind=SAMPLES, options=options, origin=", ".join(str(e.path) for e in self.exports))
+
+
+def _said(section: Section) -> dict[str, Any]:
+    """A section of a config, without those later keys that are at their defaults: images of before keep their keys."""
+    defaults = {name: field.default for name, field in type(section).model_fields.items()}
+    return {k: v for k, v in section.model_dump().items() if k in _ALWAYS_SAID or getattr(section, k) != defaults[k]}
 
 
 def _request(a: argparse.Namespace) -> Request:
@@ -150,10 +167,23 @@ def _samplings(exports: Sequence[Export], a: argparse.Namespace) -> list[Samplin
     respacings = _for_each("--respacing", a.respacing or ["50"], len(exports))
     guidances = _for_each("--guidance", a.guidance or [1.0], len(exports))
     samplings = []
-    for export, respacing, guidance in zip(exports, respacings, guidances, strict=True):
-        samplings.append(sampling_of(a, respacing=respacing, guidance=guidance))
+    for export, respacing, guidance, noise in zip(exports, respacings, guidances, _noises(a), strict=True):
+        samplings.append(sampling_of(a, respacing=respacing, guidance=guidance, **noise))
         count_timesteps(export.config.diffusion.num_timesteps, samplings[-1].respacing)
     return samplings
+
+
+def _noises(a: argparse.Namespace) -> list[dict[str, Any]]:
+    """How noisy each export is given its small images, and by which way, as keys of SamplingConfig."""
+    first: list[dict[str, Any]] = [] if a.base else [{}]  # makes its images of nothing
+    num = len(a.exports) - len(first)
+    if not num and (a.low_res_noise or a.augmentation):
+        raise UserError("--low-res-noise and --augmentation are for images that are enlarged, and here none are.")
+    steps = _for_each("--low-res-noise", a.low_res_noise or [0], num)
+    kinds = _for_each("--augmentation", a.augmentation or ["non_truncated"], num)
+    return first + [
+        {"low_res_noise": step, "augmentation": kind} if step else {} for step, kind in zip(steps, kinds, strict=True)
+    ]
 
 
 def _for_each(option: str, values: list[T], num: int) -> list[T]:
@@ -199,6 +229,14 @@ def _parse() -> argparse.Namespace:
     parser.add_argument(
         "--guidance", type=float, action="append",
         help="classifier-free guidance: 1 is none, 0 without classes; once, or for each export",
+    )  # fmt: skip
+    parser.add_argument(
+        "--low-res-noise", type=int, action="append",
+        help="step s of the noise on small images, 0 is none; once, or for each export that enlarges some",
+    )  # fmt: skip
+    parser.add_argument(
+        "--augmentation", choices=("non_truncated", "truncated"), action="append",
+        help="where it comes from: finished images are noised, or the stage below ends at s; once, or for each",
     )  # fmt: skip
     parser.add_argument("--weights", default="ema", help="ema, model (the bare ones), or such as ema_0.999")
     parser.add_argument("--seed", type=int, default=0)

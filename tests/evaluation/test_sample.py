@@ -13,6 +13,7 @@ import weakref
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -25,11 +26,12 @@ from random_stage import make_export, make_stage
 from data_pipeline.dataset import ShardDataset
 from data_pipeline.errors import UserError
 from evaluation.chunks import Chunks
-from evaluation.sample import main
+from evaluation.sample import Request, main
 from evaluation.sample_files import read_samples, write_npz
 from evaluation.sample_place import Place
 from evaluation.sampling_job import sample_chunks
 from trainer.cascade import sample_cascade
+from trainer.config import load_config
 from trainer.diffusion.samplers import to_uint8
 from trainer.export import open_export
 from trainer.sampling import sample
@@ -59,6 +61,14 @@ def made(out: Path, *arguments: object) -> tuple[np.ndarray, np.ndarray]:
     run(*arguments, "--respacing", 5, "--out", out)
     with np.load(out) as file:
         return file["arr_0"], file["arr_1"]
+
+
+def test_keys_of_images_are_what_they_were(tiny_config: Path) -> None:
+    """Images made before networks and processes had more settings are still found. Keys of the code of before."""
+    small, large = (SimpleNamespace(config=load_config(tiny_config, settings)) for settings in (SMALL, LARGE))
+    for exports, key in (([small, large], "d69685857041ba0a"), ([small], "ad97697f99992e34")):
+        request = Request(exports, [], "ema", range(4), None, 4, None, None, 0, 16)  # type: ignore[arg-type]
+        assert request.key({"seed": 0}) == key
 
 
 def test_two_stages_at_once_are_the_two_after_each_other(exports: tuple[Path, Path], tmp_path: Path) -> None:
@@ -495,3 +505,75 @@ def test_the_command_ends_with_one_line_and_a_code() -> None:
     done = subprocess.run(command, cwd=ROOT, text=True, capture_output=True, timeout=120)
     assert done.returncode == 2
     assert done.stderr.startswith("error: nowhere is not an export")
+
+
+# ---- noise between stages --------------------------------------------------------------------------------------------
+
+NOISY = "model.low_res_noise.max_step=60"
+
+
+@pytest.fixture(scope="module")
+def noisy_exports(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Networks of 4 px, from 4 to 8 and from 8 to 16 px, the last two trained with noise on what they enlarge."""
+    folder = tmp_path_factory.mktemp("noisy")
+    stages = {
+        "base": ("model.image_size=4", "model.attention_resolutions=[]", "model.channel_mult=[1]"),
+        "middle": ("model.image_size=8", "model.low_res_size=4", "model.attention_resolutions=[]", NOISY),
+        "large": ("model.low_res_size=8", NOISY),
+    }
+    return [
+        make_export(folder / name, make_stage(tiny_config, *settings, f"name={name}"))
+        for name, settings in stages.items()
+    ]
+
+
+def test_three_stages_with_noise_are_the_same_on_any_number_of_processes(
+    noisy_exports: list[Path], tmp_path: Path
+) -> None:
+    given = (*noisy_exports, "--num", 6, "--batch", 2, "--respacing", 8, "--augmentation", "truncated",
+             "--augmentation", "non_truncated", "--low-res-noise", 40, "--low-res-noise", 20)  # fmt: skip
+    run(*given, "--out", tmp_path / "one.npz")
+    for part in ("1/2", "0/2"):
+        run(*given, "--out", tmp_path / "two.npz", "--shard", part)
+    with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "two.npz") as two:
+        assert np.array_equal(one["arr_0"], two["arr_0"])
+    account = json.loads((tmp_path / "one.json").read_text())
+    assert account["low_res_noise"] == [0, 40, 20]
+    assert account["augmentation"] == ["non_truncated", "truncated", "non_truncated"]
+    options = account["options"]
+    assert (options["stage2.low_res_noise"], options["stage2.augmentation"]) == (40, "truncated")
+    assert options["stage3.low_res_noise"] == 20
+    assert "stage1.low_res_noise" not in options
+    run(*given[:-1], 30, "--out", tmp_path / "other.npz")
+    with np.load(tmp_path / "one.npz") as one, np.load(tmp_path / "other.npz") as other:
+        assert (one["arr_0"] != other["arr_0"]).any()
+    assert json.loads((tmp_path / "other.json").read_text())["key"] != account["key"]
+
+
+def test_noise_without_truncation_goes_through_files_as_well(noisy_exports: list[Path], tmp_path: Path) -> None:
+    base, middle, _ = noisy_exports
+    common = ("--num", 4, "--batch", 4, "--respacing", 5)
+    run(base, middle, *common, "--low-res-noise", 30, "--out", tmp_path / "both.npz")
+    run(base, *common, "--out", tmp_path / "small.npz")
+    run(middle, "--base", tmp_path / "small.npz", *common, "--low-res-noise", 30, "--out", tmp_path / "later.npz")
+    with np.load(tmp_path / "both.npz") as both, np.load(tmp_path / "later.npz") as later:
+        assert np.array_equal(both["arr_0"], later["arr_0"])
+
+
+@pytest.mark.parametrize(
+    ("which", "options", "said"),
+    [
+        ([0], ["--low-res-noise", 3], "here none are"),
+        ([0, 1, 2], ["--low-res-noise", 61], "stage 2: low_res_noise=61"),
+        ([0, 1, 2], ["--low-res-noise", 3, "--low-res-noise", 3, "--low-res-noise", 3], "3 times for 2 stages"),
+        ([0, 1], ["--low-res-noise", -1], "low_res_noise=-1"),
+        ([1], ["--base", "small.npz", "--low-res-noise", 3, "--augmentation", "truncated"], "are finished"),
+    ],
+)
+def test_noise_that_cannot_be_is_refused(
+    noisy_exports: list[Path], tmp_path: Path, which: list[int], options: list[Any], said: str
+) -> None:
+    run(noisy_exports[0], "--num", 2, "--respacing", 2, "--out", tmp_path / "small.npz")
+    options = [tmp_path / option if option == "small.npz" else option for option in options]
+    with pytest.raises(UserError, match=said):
+        run(*(noisy_exports[number] for number in which), *options, "--out", tmp_path / "no.npz")
