@@ -74,12 +74,14 @@ def perturbed(model: DiTConfig) -> DiT:
     return network
 
 
-def inputs(model: DiTConfig, batch: int = 3) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+def inputs(model: DiTConfig, batch: int = 3) -> tuple[Tensor | None, ...]:
+    """What the network is called with: x, time, and the conditions that it hears."""
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(batch, 3, model.image_size, model.image_size, generator=generator)
     labels = torch.arange(batch) % model.num_classes if model.num_classes else None
     low = torch.randn(batch, 3, 4, 4, generator=generator) if model.low_res_size else None
-    return x, torch.linspace(0, 999.5, batch), labels, low
+    low_time = torch.linspace(100, 300, batch) if model.low_res_noise else None
+    return x, torch.linspace(0, 999.5, batch), labels, low, low_time
 
 
 # ---- what it computes -----------------------------------------------------------------------------------------------
@@ -127,7 +129,9 @@ def plain(network: DiT, x: Tensor, time: Tensor, labels: Tensor) -> Tensor:
 @pytest.mark.parametrize("patch_size", [1, 2, 8])  # 256 tokens: fused attention; 64 and 4: plain products
 def test_it_is_the_papers_network(patch_size: int) -> None:
     network = perturbed(DiTConfig(**TINY | {"patch_size": patch_size}, num_classes=3, null_class=True))
-    x, time, _, _ = inputs(network.config)
+    x, time, *_ = inputs(network.config)
+    assert x is not None
+    assert time is not None
     with torch.no_grad():
         found = network(x, time, torch.tensor([2, -1, 0]))
     expected = plain(network, x, time, torch.tensor([2, 3, 0]))  # the last row is "no class"
@@ -167,19 +171,28 @@ def test_it_starts_as_zero_with_blocks_that_do_nothing() -> None:
     assert float(network.time_embed[0].weight.std()) == pytest.approx(0.02, rel=0.05)
 
 
-@pytest.mark.parametrize("extra", [{}, {"num_classes": 3}, {"low_res_size": 4}, {"mlp_ratio": 2.5}], ids=str)
+@pytest.mark.parametrize(
+    "extra",
+    [
+        {},
+        {"num_classes": 3},
+        {"low_res_size": 4},
+        {"low_res_size": 4, "low_res_noise": {"max_step": 300}},
+        {"mlp_ratio": 2.5},
+    ],
+    ids=str,
+)
 def test_everything_reaches_the_output_and_learns(extra: dict[str, Any]) -> None:
     network = perturbed(DiTConfig(**TINY, **extra))
-    x, time, labels, low = inputs(network.config)
-    base = network(x, time, labels, low)
-    assert not torch.allclose(base, network(x, time + 1, labels, low))
-    if labels is not None:
-        assert not torch.allclose(base, network(x, time, labels.roll(1), low))
-    if low is not None:
-        assert not torch.allclose(base, network(x, time, labels, low + 1))
+    told = inputs(network.config)
+    base = network(*told)
+    for place, value in enumerate(told):
+        if value is not None:
+            other = value.roll(1, dims=0)  # what another image is told
+            assert not torch.allclose(base, network(*told[:place], other, *told[place + 1 :]))
     base.square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in network.parameters())
-    torch.testing.assert_close(base[1:2], network(*(None if v is None else v[1:2] for v in (x, time, labels, low))))
+    torch.testing.assert_close(base[1:2], network(*(None if value is None else value[1:2] for value in told)))
 
 
 def test_what_it_cannot_be_called_with() -> None:
@@ -312,10 +325,9 @@ def test_a_layer_that_goes_wrong_is_named(checkpoint: bool) -> None:
     network.checkpoint_activations = checkpoint
     layer = dict(network.named_modules())["blocks.1.attention.proj"]
     layer.register_forward_hook(lambda _, __, output: output * torch.tensor([1.0, torch.nan, 1.0])[:, None, None])
-    x, time, labels, _ = inputs(LABELLED)
 
     def recompute() -> Recomputed:
-        losses = network(x, time, labels).square().flatten(1).mean(dim=1)
+        losses = network(*inputs(LABELLED)).square().flatten(1).mean(dim=1)
         losses.mean().backward()
         return Recomputed(torch.tensor([3, 12, 37]), torch.arange(1000, 1003), losses.detach())
 
