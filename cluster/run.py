@@ -139,6 +139,8 @@ def _preflight(folder: StudyFolder) -> None:
     """Refuse now what would fail later: data that is not there, a feature net that is not known."""
     from data_pipeline.dataset import ShardDataset
     from evaluation.features import get_feature_net
+    from trainer.guiding import check_guide
+    from trainer.sampling import check_guidance
 
     trials = list(folder.trials.values())
     try:
@@ -155,6 +157,10 @@ def _preflight(folder: StudyFolder) -> None:
             request.check_data()
     distance = folder.study.evaluation.distance
     if distance is not None:
+        for trial in trials:
+            if trial.evaluated:
+                check_guidance(trial.config, distance.guidance)
+                check_guide(trial.config, distance)
         get_feature_net(distance.feature_net, weights=distance.feature_weights)
 
 

@@ -40,6 +40,7 @@ from evaluation.sampling_options import RESPACINGS, add_sampling_options, sampli
 from evaluation.subject import check_data, check_kind, open_subject
 from trainer.diffusion.respacing import count_timesteps
 from trainer.export import Export, open_export
+from trainer.guiding import check_guide
 from trainer.sampling import check_guidance
 from trainer.tracking.records import EvalRecord, read_result
 
@@ -77,6 +78,7 @@ def _check_fits(export: Export, dataset: ShardDataset, request: EvalRequest) -> 
     if request.kinds or MEMORISATION in request.metrics:
         count_timesteps(num_timesteps, request.sampling.respacing)
         check_guidance(export.config, request.sampling.guidance)
+        check_guide(export.config, request.sampling)
     if request.nll.respacing:
         count_timesteps(num_timesteps, request.nll.respacing)
 
@@ -138,6 +140,8 @@ def _parser() -> argparse.ArgumentParser:
     add_sampling_options(quality, sampler="ddim")
     quality.add_argument("--respacing", default="50", help=f"sampling steps: {RESPACINGS}")
     quality.add_argument("--guidance", type=float, default=1.0, help="scale of classifier-free guidance; 1: none")
+    quality.add_argument("--classifier", type=Path, help="export of a classifier that guides the samples")
+    quality.add_argument("--classifier-scale", type=float, default=1.0, help="scale of its gradient")
     quality.add_argument("--num-reference", type=int, help="real images to compare with (default: the whole split)")
     quality.add_argument("--reference", type=Path, help="npz of published statistics to compare with instead")
     quality.add_argument("--train-data", help="the split that was trained on, for memorisation")
@@ -162,9 +166,12 @@ def _request(a: argparse.Namespace) -> EvalRequest:
         ensemble=None if a.ensemble is None else Ensemble(a.ensemble, a.ensemble_below),
         nll=NllSettings(a.mode, a.num_calls, a.target_stderr, a.num_images, a.nll_respacing, not a.no_clip),
         num_samples=a.num_samples, repeats=a.repeats, batch=a.batch,
-        sampling=sampling_of(a, respacing=a.respacing, guidance=a.guidance), num_reference=a.num_reference,
-        reference=a.reference, feature_net=a.feature_net, feature_weights=a.feature_weights,
-        train_data=a.train_data, accuracy_calls=a.accuracy_calls, num_threads=a.num_threads,
+        sampling=sampling_of(
+            a, respacing=a.respacing, guidance=a.guidance, classifier=a.classifier, classifier_scale=a.classifier_scale
+        ),
+        num_reference=a.num_reference, reference=a.reference, feature_net=a.feature_net,
+        feature_weights=a.feature_weights, train_data=a.train_data, accuracy_calls=a.accuracy_calls,
+        num_threads=a.num_threads,
     )  # fmt: skip
 
 

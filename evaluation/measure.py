@@ -25,6 +25,7 @@ from evaluation.request import ACCURACY, MEMORISATION, EvalRequest
 from evaluation.sampling_job import sample_chunks
 from evaluation.subject import Subject
 from trainer.grid import save_grid
+from trainer.guiding import samples_said
 from trainer.sampling import sample
 from trainer.tracking.records import EvalRecord
 
@@ -103,7 +104,7 @@ class Evaluation:
         result = memorisation(found, theirs, space="pixels")
         return self._record(
             MEMORISATION, Measured(result.ratio, None, asdict(result)), n=NEIGHBOUR_SAMPLES, seeds=[self.request.seed],
-            measured={"train_data": train.manifest.fingerprint, **self.request.sampling.said()},
+            measured={"train_data": train.manifest.fingerprint, **samples_said(self.request.sampling)},
         )  # fmt: skip
 
     def _quality(self) -> list[EvalRecord]:
@@ -123,7 +124,7 @@ class Evaluation:
             "feature_net": net.name,
             "feature_weights_sha256": net.weights_sha256,
             "resize": net.resize,
-            **request.sampling.said(),
+            **samples_said(request.sampling),
             "num_reference": reference.num,
             "reference": reference.data,
         }

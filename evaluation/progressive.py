@@ -41,6 +41,7 @@ from evaluation.sampling_words import open_stage, split_words
 from evaluation.subject import check_data
 from trainer.diffusion.progressive import Recorder, evenly
 from trainer.diffusion.samplers import to_uint8
+from trainer.guiding import samples_said
 from trainer.models import IMAGE_CHANNELS
 from trainer.sample_noise import SampleNoise
 from trainer.sampling import Stage, no_progress, predictor_of, run_sampler
@@ -187,7 +188,7 @@ def main() -> int:
             draw(progressive_chart(progressive.times, values, metric=metric, title=name)), a.out / "quality.png"
         )
         points = [{"t": t, metric: value} for t, value in zip(progressive.times, values, strict=True)]
-        write_json(a.out / "quality.json", {"num": a.num, "sampling": stage.sampling.said(), "points": points})
+        write_json(a.out / "quality.json", {"num": a.num, "sampling": samples_said(stage.sampling), "points": points})
     print(a.out)
     return 0
 

@@ -16,6 +16,7 @@ from evaluation.ensemble import Ensemble
 from evaluation.nll.settings import NllSettings
 from evaluation.quality import FEWEST, KINDS, check_kinds
 from trainer.export import Weights
+from trainer.guiding import samples_said
 from trainer.sampling_config import SamplingConfig
 
 MEMORISATION = "memorisation"
@@ -81,13 +82,13 @@ class EvalRequest:
         if metric == MEMORISATION:
             assert self.train_data is not None
             train = read_manifest(self.train_data).fingerprint
-            return {"train_data": train, "sampling": self.sampling.said()}
+            return {"train_data": train, "sampling": samples_said(self.sampling)}
         names = ("num_samples", "repeats", "batch", "num_reference", "feature_net")
         files = {"reference": self.reference, "feature_weights": self.feature_weights}
         return (
             {name: getattr(self, name) for name in names}
             | {name: None if path is None else _hash(path) for name, path in files.items()}
-            | {"sampling": self.sampling.said()}
+            | {"sampling": samples_said(self.sampling)}
         )
 
     def check(self) -> None:

@@ -79,7 +79,7 @@ def write_records(path: Path, key: str, records: Sequence[EvalRecord], request: 
     `name` is what its artifacts' folder is called where people look at them.
     """
     name = f"{'-'.join(request.metrics)}-{records[0].split}-{key[:6]}"  # no spaces: it stands in links
-    spec: dict[str, Any] = asdict(request) | {"sampling": request.sampling.said()}
+    spec: dict[str, Any] = asdict(request) | {"sampling": request.sampling.model_dump(mode="json")}
     write_json(
         path,
         {

@@ -7,6 +7,7 @@
     python -m evaluation.sample UPSAMPLER_256PX --base samples64.npz --out samples256.npz
     python -m evaluation.sample BASE_32PX TO_64PX TO_256PX --low-res-noise 300 --low-res-noise 200 \\
         --augmentation truncated --out samples256.npz
+    python -m evaluation.sample EXPORT --classifier CLASSIFIER --classifier-scale 4 --classes 5 --out dogs.npz
 
 Each export after the first enlarges what the one before it made, with noise on it where the network was trained so
 (trainer/cascade.py). An npz holds `arr_0`, uint8 [N, H, W, 3], and for
@@ -47,6 +48,7 @@ from trainer.cascade import check_augmentation, check_cascade
 from trainer.diffusion.respacing import count_timesteps
 from trainer.export import Export, Weights, open_export
 from trainer.grid import save_grid
+from trainer.guiding import check_guide, guiding_classes, samples_said
 from trainer.sampling import Stage, check_guidance
 from trainer.sampling_config import SamplingConfig
 from trainer.section import Section
@@ -92,7 +94,7 @@ class Request:
         if self.base_path is not None:
             options["base_sha256"] = sha256_file(self.base_path)
         for number, (export, sampling) in enumerate(zip(self.exports, self.samplings, strict=True), start=1):
-            stage = {"weights_sha256": export.weights_sha256[self.weights], **sampling.said()}
+            stage = {"weights_sha256": export.weights_sha256[self.weights], **samples_said(sampling)}
             options |= {f"stage{number}.{name}": value for name, value in stage.items()}
         return options
 
@@ -103,13 +105,14 @@ class Request:
 
     def account(self, options: dict[str, Any], key: str) -> dict[str, Any]:
         """What was made, of what, and how."""
+        samplings = [s.model_dump(mode="json") for s in self.samplings]
         return {
             "key": key,
             "first": self.numbers.start,
             "num": len(self.numbers),
             "seed": self.seed,
             "batch": self.batch,
-            **{name: [getattr(s, name) for s in self.samplings] for s in self.samplings for name in s.said()},
+            **{name: [s[name] for s in samplings] for name in samplings[0]},
             "base": str(self.base_path) if self.base_path else None,
             "weights": self.weights,
             "exports": [
@@ -140,9 +143,9 @@ def _request(a: argparse.Namespace) -> Request:
     numbers = _rows(a, 0 if base is None else len(base))
     rows = slice(numbers.start, numbers.stop)
     samplings = _samplings(exports, a)
-    # Whether some stage hears classes: without guidance's zero, all that know any do.
+    # Whether some stage hears classes, or a classifier that guides it: without guidance's zero, all that know any do.
     num_classes = max(
-        config.model.num_classes if sampling.guidance else 0
+        (config.model.num_classes if sampling.guidance else 0) or guiding_classes(sampling)
         for config, sampling in zip(configs, samplings, strict=True)
     )
     labels = None
@@ -158,6 +161,7 @@ def _request(a: argparse.Namespace) -> Request:
     check_augmentation(configs, samplings, has_base=base is not None)
     for config, sampling in zip(configs, samplings, strict=True):
         check_guidance(config, sampling.guidance, labels)
+        check_guide(config, sampling, labels)
     base = None if base is None else base[rows]
     return Request(exports, samplings, a.weights, numbers, labels, num_classes, base, a.base, a.seed, a.batch)
 
@@ -166,9 +170,12 @@ def _samplings(exports: Sequence[Export], a: argparse.Namespace) -> list[Samplin
     """How each export is sampled. Raises UserError for steps that its process has not."""
     respacings = _for_each("--respacing", a.respacing or ["50"], len(exports))
     guidances = _for_each("--guidance", a.guidance or [1.0], len(exports))
+    guides = _guides(a, len(exports))
     samplings = []
-    for export, respacing, guidance, noise in zip(exports, respacings, guidances, _noises(a), strict=True):
-        samplings.append(sampling_of(a, respacing=respacing, guidance=guidance, **noise))
+    for export, respacing, guidance, noise, guide in zip(
+        exports, respacings, guidances, _noises(a), guides, strict=True
+    ):
+        samplings.append(sampling_of(a, respacing=respacing, guidance=guidance, **noise, **guide))
         count_timesteps(export.config.diffusion.num_timesteps, samplings[-1].respacing)
     return samplings
 
@@ -183,6 +190,22 @@ def _noises(a: argparse.Namespace) -> list[dict[str, Any]]:
     kinds = _for_each("--augmentation", a.augmentation or ["non_truncated"], num)
     return first + [
         {"low_res_noise": step, "augmentation": kind} if step else {} for step, kind in zip(steps, kinds, strict=True)
+    ]
+
+
+def _guides(a: argparse.Namespace, num: int) -> list[dict[str, Any]]:
+    """What each stage's `SamplingConfig` says of the classifier that guides it."""
+    if a.classifier is None and a.classifier_scale:
+        raise UserError(
+            f"--classifier-scale {a.classifier_scale[0]:g} is for --classifier EXPORT; give both, or neither."
+        )
+    if a.classifier is None:
+        return [{}] * num
+    paths = _for_each("--classifier", a.classifier, num)
+    scales = _for_each("--classifier-scale", a.classifier_scale or [1.0], num)
+    return [
+        {"classifier_weights": "ema"} if path == "none" else {"classifier": path, "classifier_scale": scale}
+        for path, scale in zip(paths, scales, strict=True)
     ]
 
 
@@ -238,6 +261,13 @@ def _parse() -> argparse.Namespace:
         "--augmentation", choices=("non_truncated", "truncated"), action="append",
         help="where it comes from: finished images are noised, or the stage below ends at s; once, or for each",
     )  # fmt: skip
+    parser.add_argument(
+        "--classifier", action="append", metavar="EXPORT",
+        help="export of a classifier that guides the samples, or none; once, or for each export",
+    )  # fmt: skip
+    parser.add_argument(
+        "--classifier-scale", type=float, action="append", help="of its gradient (default: 1); once, or for each export"
+    )
     parser.add_argument("--weights", default="ema", help="ema, model (the bare ones), or such as ema_0.999")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=16, help="images at a time")
@@ -281,7 +311,7 @@ def main() -> int:
     work.mkdir(parents=True, exist_ok=True)  # fails now, not after the work
     device = pick_device(a.num_threads)
     stages = [
-        Stage(export.network(request.weights).to(device), export.config, sampling)
+        Stage.open(export.network(request.weights).to(device), export.config, sampling, device)
         for export, sampling in zip(request.exports, request.samplings, strict=True)
     ]
     # An account that is there tells of what part 0 will replace, not that this job is done.

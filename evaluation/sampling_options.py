@@ -9,11 +9,16 @@ from trainer.config import validate
 from trainer.sampling_config import SamplerName, SamplingConfig, ThresholdName
 
 RESPACINGS = "50, 10,15,20, ddim50, quadratic50, logsnr20, karras20"
-_OPTIONS = ("sampler", "eta", "threshold", "threshold_quantile", "corrector_steps", "corrector_snr")
+_OPTIONS = (
+    "sampler", "eta", "threshold", "threshold_quantile", "corrector_steps", "corrector_snr", "classifier_weights",
+)  # fmt: skip
 
 
 def add_sampling_options(parser: argparse._ActionsContainer, *, sampler: SamplerName) -> None:
-    """All but --respacing and --guidance, which a cascade may be given for each stage; `sampler`: the default one."""
+    """All but --respacing, --guidance and --classifier, of which a cascade may have one for each stage.
+
+    `sampler`: the default one.
+    """
     add = parser.add_argument
     add("--sampler", choices=get_args(SamplerName), default=sampler)
     add("--eta", type=float, default=0.0, help="noise of ddim")
@@ -21,6 +26,7 @@ def add_sampling_options(parser: argparse._ActionsContainer, *, sampler: Sampler
     add("--threshold-quantile", type=float, help="of --threshold dynamic, such as 0.995")
     add("--corrector-steps", type=int, default=0, help="Langevin steps wherever the sampler arrives")
     add("--corrector-snr", type=float, help="signal-to-noise ratio of each of them, such as 0.16")
+    add("--classifier-weights", default="ema", help="weights of --classifier: ema, model, or such as ema_0.999")
 
 
 def sampling_of(a: argparse.Namespace, **others: Any) -> SamplingConfig:

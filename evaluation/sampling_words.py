@@ -11,6 +11,7 @@ from data_pipeline.errors import ConfigError, UserError
 from trainer.config import parse_overrides, validate
 from trainer.diffusion.respacing import count_timesteps
 from trainer.export import Export, Weights, open_export
+from trainer.guiding import check_guide
 from trainer.sampling import Stage, check_guidance
 from trainer.sampling_config import SamplingConfig
 
@@ -27,13 +28,16 @@ def open_stage(
     """
     export = open_export(path)
     config, num_timesteps = export.config, export.config.diffusion.num_timesteps
+    if config.is_classifier:
+        raise UserError(f"{path}: {config.name} is a classifier, which makes no images; name a network that does.")
     if config.model.low_res_size:
         raise UserError(f"{path}: a super-resolution network starts from an image; name a base network.")
     defaults = {"sampler": sampler, "respacing": str(min(num_steps, num_timesteps))}
     sampling = validate(SamplingConfig, defaults | parse_overrides(words), source="settings of the sampling")
     count_timesteps(num_timesteps, sampling.respacing)
     check_guidance(config, sampling.guidance)
-    return export, Stage(export.network(weights).to(device), config, sampling)
+    check_guide(config, sampling)
+    return export, Stage.open(export.network(weights).to(device), config, sampling, device)
 
 
 def split_words(words: Sequence[str]) -> list[str]:

@@ -45,7 +45,8 @@ class Subject:
         return conditioned(self.network, Conditions(labels=known))
 
     def stage(self, sampling: SamplingConfig) -> Stage:
-        return Stage(self.network, self.export.config, sampling)
+        """It as it is to be sampled from. Raises UserError for a classifier that cannot guide it."""
+        return Stage.open(self.network, self.export.config, sampling, self.device)
 
     def check_data(self, dataset: ShardDataset) -> None:
         """Raises UserError for images of another size or of other classes than the network's."""

@@ -9,6 +9,12 @@ import numpy as np
 from data_pipeline.manifest import SAMPLES, SourceInfo
 from evaluation.sample_files import write_split
 
+# What makes the tests' tiny run one of a classifier.
+CLASSIFIER = (
+    "model={name: classifier, channels: 6, channel_mult: [1, 2], num_res_blocks: 1, attention_resolutions: [8], "
+    "num_heads: 2, num_classes: 4}",
+    "diffusion.objective=cross_entropy", "name=noisy",
+)  # fmt: skip
 COLOURS = np.array([[200, 60, 60], [60, 200, 60], [60, 60, 200], [150, 150, 40]])
 
 

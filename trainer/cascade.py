@@ -103,6 +103,11 @@ def check_cascade(configs: Sequence[RunConfig], *, base_size: int = 0, labels: S
     size, classes = base_size, 0
     for number, config in enumerate(configs, start=1):
         model = config.model
+        if config.is_classifier:
+            raise UserError(
+                f"stage {number} ({config.name}) is a classifier, which makes no images; let it guide a network's, "
+                "with --classifier."
+            )
         if model.low_res_size != size:
             needs = f"{model.low_res_size} px images to enlarge" if model.low_res_size else "no images to start from"
             given = f"{size} px images" if size else "none"

@@ -38,6 +38,7 @@ from trainer.diffusion.timesteps import make_timestep_sampler
 from trainer.ema import ShardedEma
 from trainer.engine import Engine, split_batch
 from trainer.exits import DivergedError, Exit
+from trainer.guiding import check_guide
 from trainer.inputs import InputSource, downsample, open_dataset
 from trainer.journal import Journal
 from trainer.layout import changes, layout_of
@@ -82,6 +83,8 @@ def train(config: RunConfig, processes: Processes, stop: StopRequest, watchdog: 
     with ExitStack() as stack:
         processes.from_main(lambda: stack.enter_context(folder.lock()) and None)
         processes.from_main(lambda: open_dataset(config) and None)  # so that one of them tells what is wrong
+        if config.train.sample_grid.num_images:
+            processes.from_main(lambda: check_guide(config, config.train.sample_grid))
         dataset = open_dataset(config)
         facts = {
             "num_params": cost.num_params, "flops_per_image": cost.train_flops,

@@ -46,7 +46,7 @@ class Outputs:
             network = open_export(export).network("ema").to(self._device)
             low_res, labels = self._examples(grid.num_images)
             images = sample(
-                Stage(network, self._config, grid), range(grid.num_images),
+                Stage.open(network, self._config, grid, self._device), range(grid.num_images),
                 labels=labels, low_res=low_res, device=self._device,
             )  # fmt: skip
             save_grid(images, picture)

@@ -21,7 +21,8 @@ from trainer.diffusion.samplers.langevin import langevin
 from trainer.diffusion.samplers.sampler import Corrector, Noise
 from trainer.diffusion.thresholding import Threshold, dynamic, static
 from trainer.diffusion_config import DiffusionConfig
-from trainer.models import IMAGE_CHANNELS
+from trainer.guiding import Guide, check_guide, guide_flops, guiding_classes, open_guide
+from trainer.models import IMAGE_CHANNELS, count
 from trainer.sample_noise import SampleNoise
 from trainer.sampling_config import SamplingConfig
 
@@ -39,6 +40,17 @@ class Stage:
     network: nn.Module
     config: RunConfig
     sampling: SamplingConfig
+    guide: Guide | None = None  # the classifier that `sampling` names, if it does
+
+    def __post_init__(self) -> None:
+        assert (self.guide is None) == (self.sampling.classifier is None), "see Stage.open"
+
+    @classmethod
+    def open(
+        cls, network: nn.Module, config: RunConfig, sampling: SamplingConfig, device: torch.device | str = "cpu"
+    ) -> Stage:
+        """With the classifier that `sampling` names, on the same device. Raises UserError for one that cannot guide."""
+        return cls(network, config, sampling, open_guide(config, sampling, device))
 
     @property
     def num_calls(self) -> int:
@@ -47,10 +59,25 @@ class Stage:
 
 
 def num_calls(diffusion: DiffusionConfig, sampling: SamplingConfig, *, stop: int = 0) -> int:
-    """Network calls a sample: those of the sampler to step `stop`, each of them two where it is guided."""
+    """Network calls a sample, to step `stop`, those of a classifier among them."""
+    return _num_predictions(diffusion, sampling, stop=stop) * _num_calls_each(sampling)
+
+
+def sample_flops(config: RunConfig, sampling: SamplingConfig) -> float:
+    """FLOPs of one sample, of the network and of the classifier. Raises UserError where that is no export."""
+    each = num_calls_a_step(sampling.guidance) * count(config.model, config.diffusion).forward_flops
+    return _num_predictions(config.diffusion, sampling) * (each + guide_flops(sampling))
+
+
+def _num_predictions(diffusion: DiffusionConfig, sampling: SamplingConfig, *, stop: int = 0) -> int:
+    """How often the sampler asks, a sample."""
     schedule = GaussianDiffusion.create(diffusion, respacing=sampling.respacing).schedule
-    calls = SAMPLERS[sampling.sampler].num_calls(schedule, stop=stop, corrector_steps=sampling.corrector_steps)
-    return calls * num_calls_a_step(sampling.guidance)
+    return SAMPLERS[sampling.sampler].num_calls(schedule, stop=stop, corrector_steps=sampling.corrector_steps)
+
+
+def _num_calls_each(sampling: SamplingConfig) -> int:
+    """What it takes to answer: one call of the network, two where it is guided, and one of a classifier."""
+    return num_calls_a_step(sampling.guidance) + (sampling.classifier is not None)
 
 
 def threshold_of(sampling: SamplingConfig) -> Threshold | None:
@@ -172,10 +199,12 @@ def predictor_of(
     classes, process, low_res_time = _classes(stage, seeds, labels), stage.config.low_res_process, None
     if process is not None:
         low_res_time = LowResNoise.create(process).time(torch.full((len(seeds),), low_res_step))
-    conditions = Conditions(None if classes is None else torch.tensor(classes), low_res, low_res_time)
-    denoiser = _denoiser(stage, conditions.map(lambda value: value.to(device)))
-    watched = _watched(denoiser, num_calls_a_step(stage.sampling.guidance), progress)
-    return Predictor(watched, diffusion, threshold_of(stage.sampling))
+    asked = None if classes is None else torch.tensor(classes, device=device)  # [n]
+    heard = asked if stage.config.model.hears_classes else None
+    denoiser = _denoiser(stage, Conditions(heard, low_res, low_res_time).map(lambda value: value.to(device)))
+    watched = _watched(denoiser, _num_calls_each(stage.sampling), progress)
+    score = None if stage.guide is None or asked is None else stage.guide.score(asked)
+    return Predictor(watched, diffusion, threshold_of(stage.sampling), score)
 
 
 def run_sampler(
@@ -251,12 +280,13 @@ def _watched(denoiser: Denoiser, num_calls: int, progress: Progress) -> Denoiser
 
 
 def _classes(stage: Stage, seeds: Sequence[int], labels: Sequence[int] | None) -> Sequence[int] | None:
-    """The classes [n] of samples, None for an unconditional network. Raises UserError for unknown ones."""
-    num_classes = stage.config.model.num_classes
+    """The classes [n] of samples, None where nothing hears of them. Raises UserError for unknown ones."""
+    num_classes = stage.config.model.num_classes or guiding_classes(stage.sampling)
     check_guidance(stage.config, stage.sampling.guidance, labels)
     if not num_classes:
         return None
     if labels is None:
         return [s % num_classes for s in seeds]
     check_labels(stage.config, labels)
+    check_guide(stage.config, stage.sampling, labels)
     return labels

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
@@ -13,6 +14,7 @@ ThresholdName = Literal["static", "dynamic", "none"]
 # What records have always said of samples. Others are said where they are not the default: so that what was sampled
 # before there were others has the records and keys that it had.
 _ALWAYS_SAID = ("sampler", "respacing", "eta", "guidance")
+_OF_A_CLASSIFIER = ("classifier", "classifier_scale", "classifier_weights")  # named by what it is: trainer/guiding.py
 
 
 def _text_of_number(value: Any) -> Any:
@@ -30,6 +32,10 @@ class SamplingConfig(Section):
     eta: float = Field(0.0, ge=0, le=1)  # noise of ddim; 0: none
     # Classifier-free guidance: eps_null + guidance * (eps_class - eps_null), for networks that know a null class.
     guidance: float = Field(1.0, ge=0, allow_inf_nan=False)
+    # Classifier guidance: an export of a classifier, which adds classifier_scale * grad log p(y | x_t) to the score.
+    classifier: Path | None = None
+    classifier_scale: float = Field(1.0, ge=0, allow_inf_nan=False)
+    classifier_weights: str = "ema"  # those of its export that are used
     # Every predicted x_0 is bounded to [-1, 1], by a quantile, or not at all (trainer/diffusion/thresholding.py).
     threshold: ThresholdName = "static"
     threshold_quantile: float | None = Field(None, gt=0, le=1)  # of dynamic, such as 0.995
@@ -37,9 +43,9 @@ class SamplingConfig(Section):
     corrector_snr: float | None = Field(None, gt=0, allow_inf_nan=False)  # of each such step; 0.16 is usual
 
     def said(self) -> dict[str, Any]:
-        """What a record says of how samples were made, and keys are made of."""
+        """What a record says of how samples were made, and keys are made of, but for a classifier that guided."""
         fields = SamplingConfig.model_fields
-        values = {name: getattr(self, name) for name in fields}
+        values = {name: getattr(self, name) for name in fields if name not in _OF_A_CLASSIFIER}
         return {k: v for k, v in values.items() if k in _ALWAYS_SAID or v != fields[k].default}
 
     # How noisy the images are made that a super-resolution network enlarges: a step s of the stage below's process, for
@@ -94,4 +100,14 @@ class SamplingConfig(Section):
             raise ValueError(
                 f"corrector_snr={self.corrector_snr} is for a corrector, but corrector_steps=0; set it, or leave it out"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _classifier_is_there(self) -> SamplingConfig:
+        for name in ("classifier_scale", "classifier_weights"):
+            value = getattr(self, name)
+            if self.classifier is None and value != SamplingConfig.model_fields[name].default:
+                raise ValueError(
+                    f"{name}={value} is for a classifier, but none is set; set classifier, or leave it out"
+                )
         return self

@@ -233,8 +233,8 @@ def load_study(path: Path, overrides: Sequence[str] = ()) -> StudyConfig:
     for mine, other in (("flops", "images"), ("images", "flops")):
         if any(o.startswith(f"budget.{mine}=") for o in overrides) and isinstance(tree.get("budget"), dict):
             tree["budget"].pop(other, None)
-    study = validate(StudyConfig, tree, source=str(path))
     folder = Path(path).resolve().parent
+    study = validate(StudyConfig, _with_whole_paths(tree, folder), source=str(path))
     extra = tuple(trial.model_copy(update={"run": _beside(folder, trial.run)}) for trial in study.extra)
     return study.model_copy(update={"run": _beside(folder, study.run), "extra": extra})
 
@@ -247,6 +247,16 @@ def nest(settings: dict[str, Any]) -> dict[str, Any]:
         for name in reversed(dotted.split(".")):
             part = {name: part}
         tree = laid_over(tree, part)
+    return tree
+
+
+def _with_whole_paths(tree: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """`evaluation.distance.classifier` is relative to the study file; a study that is copied goes on naming it."""
+    evaluation = tree.get("evaluation")
+    distance = evaluation.get("distance") if isinstance(evaluation, dict) else None
+    if isinstance(distance, dict) and isinstance(distance.get("classifier"), str):
+        whole = str((folder / distance["classifier"]).resolve())
+        return merge(tree, {"evaluation": {"distance": {"classifier": whole}}})
     return tree
 
 

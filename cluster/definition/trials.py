@@ -118,6 +118,12 @@ def _with_seeds(
             f"{source}: evaluation.weights={study.evaluation.weights} is none of its {', '.join(there)}; name one of "
             "them, or track it: settings: train.ema_profiles or train.extra_ema_decays."
         )
+    if evaluated and draft.is_classifier and (study.evaluation.nll or study.evaluation.distance):
+        raise ConfigError(
+            f"{source}: model.name=classifier has no likelihood and makes no samples that a study could evaluate; "
+            "train it beside the ladder (extra, with evaluate: false), or set evaluation.nll=null and no "
+            "evaluation.distance."
+        )
     cost = count(draft.model, draft.diffusion)
     batch = draft.train.global_batch
     total = _step_end(budget.images or (budget.flops or 0.0) / cost.train_flops, batch)

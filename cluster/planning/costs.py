@@ -11,7 +11,7 @@ from cluster.definition.trials import Trial
 from trainer.memory import Memory, memory_of
 from trainer.milestones import Milestones
 from trainer.plan import Disk, disk_of
-from trainer.sampling import num_calls
+from trainer.sampling import sample_flops
 
 
 @dataclass(frozen=True)
@@ -52,13 +52,13 @@ def evaluation_flops(study: StudyConfig, trial: Trial, *, last: bool) -> list[fl
     if not trial.evaluated:
         return []
     nll, distance = study.evaluation.nll, study.evaluation.distance
-    calls = []
+    flops = []
     if nll is not None:
         by_split = {"test": nll.num_calls, "train": nll.train_num_calls or nll.num_calls}
-        calls += [by_split[split] for split in nll.splits]
+        flops += [by_split[split] * trial.cost.forward_flops for split in nll.splits]
     if distance is not None and (last or distance.points == "all"):
-        calls.append(distance.repeats * distance.num_samples * num_calls(trial.config.diffusion, distance))
-    return [num * trial.cost.forward_flops for num in calls]
+        flops.append(distance.repeats * distance.num_samples * sample_flops(trial.config, distance.sampling))
+    return flops
 
 
 def evaluation_seconds(study: StudyConfig, trial: Trial, *, last: bool) -> list[float]:

@@ -163,6 +163,8 @@ def _how(record: EvalRecord) -> str:
 def _sampling_words(measured: Mapping[str, Any]) -> list[str]:
     """How samples were made, where it is not as usual."""
     words = [f"guidance {measured['guidance']:g}"] if measured.get("guidance", 1.0) != 1.0 else []
+    if "classifier_scale" in measured:
+        words.append(f"classifier {measured['classifier_sha256'][:8]}, scale {measured['classifier_scale']:g}")
     words += [f"eta {measured['eta']:g}"] if measured.get("eta") else []
     if "threshold" in measured:
         quantile = measured.get("threshold_quantile")

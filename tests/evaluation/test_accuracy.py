@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from coloured_data import CLASSIFIER
 from random_stage import make_export, make_stage
 
 from data_pipeline.counter_rng import Stream, normal
@@ -20,12 +21,6 @@ from evaluation.request import EvalRequest
 from trainer.diffusion.gaussian import GaussianDiffusion
 from trainer.export import open_export
 from trainer.tracking.records import read_result
-
-CLASSIFIER = (
-    "model={name: classifier, channels: 6, channel_mult: [1, 2], num_res_blocks: 1, attention_resolutions: [8], "
-    "num_heads: 2, num_classes: 4}",
-    "diffusion.objective=cross_entropy", "name=noisy",
-)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
