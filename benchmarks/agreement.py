@@ -118,20 +118,21 @@ class Row:
 HEADER = f"{'':42}{'precision':10}{'apart':>12}{'ours':>12}{'theirs':>12}"
 
 
-def load_reference(path: Path) -> Any:
-    """The package `improved_diffusion` of a checkout.
+def load_reference(path: Path, package: str = "improved_diffusion") -> Any:
+    """The package of a checkout of OpenAI's code.
 
     Raises UserError when `path` is not one.
     """
-    if not (path / "improved_diffusion" / "gaussian_diffusion.py").exists():
+    if not (path / package / "gaussian_diffusion.py").exists():
+        name = package.replace("_", "-")
         raise UserError(
-            f"--peer-path {path} is no checkout of improved-diffusion (no improved_diffusion/gaussian_diffusion.py); "
-            "make one with: git clone https://github.com/openai/improved-diffusion"
+            f"--peer-path {path} is no checkout of {name} (no {package}/gaussian_diffusion.py); "
+            f"make one with: git clone https://github.com/openai/{name}"
         )
     sys.path.append(str(path))
     for name in ("respace", "unet"):  # these import the others
-        importlib.import_module(f"improved_diffusion.{name}")
-    return sys.modules["improved_diffusion"]
+        importlib.import_module(f"{package}.{name}")
+    return sys.modules[package]
 
 
 @dataclass
