@@ -2,14 +2,15 @@
 
 `--peer-path` names a checkout of openai/guided-diffusion (the code of Dhariwal & Nichol 2021). Both get the same
 weights, none of them zero, and the same inputs and noise. Networks: distance over length of the output, of the
-gradients of all parameters, and of a classifier's gradient in the noisy image, all in float32. Sampling loops:
-the largest difference relative to an image's largest value, with the process's arithmetic in float32 as theirs has it,
-and in float64.
+gradients of all parameters, and of a classifier's gradient in the noisy image, all in float32. Guided sampling loops:
+the largest difference relative to an image's largest value, each with its own networks, and both with ours; then also
+with the arithmetic of the process in float64, which theirs has in float32.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -46,11 +47,11 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 POOLS: tuple[Any, ...] = ("attention", "adaptive", "spatial", "spatial_v2")
 NETWORKS: dict[str, EncoderConfig] = {
-    "UNet, new attention order": UNetConfig(**BASE, attention_order="qkv_first"),
-    "UNet, old attention order": UNetConfig(**BASE),
-    "UNet, four heads, unconditional": UNetConfig(**BASE | {"num_head_channels": None, "num_classes": 0}),
-    "UNet, first level of half the width": UNetConfig(**BASE | {"channel_mult": (0.5, 1, 2)}),
-    "UNet, single convolutions, no scale-shift": UNetConfig(
+    "UNet, new order": UNetConfig(**BASE, attention_order="qkv_first"),
+    "UNet, old order": UNetConfig(**BASE),
+    "UNet, four heads, no classes": UNetConfig(**BASE | {"num_head_channels": None, "num_classes": 0}),
+    "UNet, half-width first level": UNetConfig(**BASE | {"channel_mult": (0.5, 1, 2)}),
+    "UNet, single convolutions, plain norm": UNetConfig(
         **BASE | {"resblock_updown": False, "use_scale_shift_norm": False}
     ),
     "upsampler": UNetConfig(**BASE, low_res_size=16),
@@ -113,7 +114,7 @@ def compare_networks(table: Table, name: str, config: EncoderConfig) -> None:
 
     if isinstance(config, ClassifierConfig):
         scores = [torch.autograd.grad(log_p(logits, labels), x)[0] for logits in outputs()]
-        table.row(f"{name}: grad log p(y | x_t) in x_t", "float32").note(apart=distance(*scores))
+        table.row(f"{name}: log p in x_t", "float32").note(apart=distance(*scores))
     own, their = outputs()
     table.row(f"{name}: output", "float32").note(apart=distance(own, their))
     along = torch.randn_like(own)
@@ -175,31 +176,39 @@ class Guided:
                 return SAMPLERS["ancestral"](predictor, self.x.to(dtype), noise=noise)
             return SAMPLERS["ddim"](predictor, self.x.to(dtype), noise=noise, eta=eta)
 
-    def their_loop(self, eta: float | None, scale: float, dtype: torch.dtype) -> Tensor:
+    def their_loop(self, eta: float | None, scale: float, dtype: torch.dtype, *, own_networks: bool) -> Tensor:
+        network, classifier = self.networks[own_networks], self.classifiers[own_networks]
+
         def cond_fn(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
             with torch.enable_grad():
                 x = x.detach().requires_grad_()
-                return scale * torch.autograd.grad(log_p(self.classifiers[1](x, t), y), x)[0]
+                return scale * torch.autograd.grad(log_p(classifier(x, t), y), x)[0]
 
         settings: dict[str, Any] = {
             "shape": self.x.shape, "noise": self.x.to(dtype), "cond_fn": cond_fn, "model_kwargs": {"y": self.labels},
             "device": "cpu",
         }  # fmt: skip
+
+        def model(x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+            output: Tensor = network(x, t, y=y) if own_networks else network(x, t, y)
+            return output
+
         # Their samplers draw from torch at every step: hand them ours.
         with mock.patch.object(torch, "randn_like", side_effect=list(self.noise.to(dtype))):
             if eta is None:
-                return self.theirs.p_sample_loop(self.networks[1], **settings)  # type: ignore[no-any-return]
-            return self.theirs.ddim_sample_loop(self.networks[1], eta=eta, **settings)  # type: ignore[no-any-return]
+                return self.theirs.p_sample_loop(model, **settings)  # type: ignore[no-any-return]
+            return self.theirs.ddim_sample_loop(model, eta=eta, **settings)  # type: ignore[no-any-return]
 
     def compare(self, table: Table) -> None:
-        for name, eta in LOOPS.items():
-            for scale in SCALES:
-                row = f"samples, {name}, scale {scale:g}"
-                own, their = (loop(eta, scale, torch.float32) for loop in (self.our_loop, self.their_loop))
-                table.row(row, "float32").note(apart=relative(own, their))
-                with mock.patch.object(self.gaussian, "_extract_into_tensor", gather_float64):
-                    exact = self.their_loop(eta, scale, torch.float64)
-                table.row(row, "float64").note(apart=relative(self.our_loop(eta, scale, torch.float64), exact))
+        for (name, eta), scale in itertools.product(LOOPS.items(), SCALES):
+            row, same = f"{name}, scale {scale:g}", f"{name}, scale {scale:g}, our networks"
+            single, double = (self.our_loop(eta, scale, dtype) for dtype in (torch.float32, torch.float64))
+            for which, own_networks in ((row, True), (same, False)):
+                their = self.their_loop(eta, scale, torch.float32, own_networks=own_networks)
+                table.row(which, "float32").note(apart=relative(single, their))
+            with mock.patch.object(self.gaussian, "_extract_into_tensor", gather_float64):
+                their = self.their_loop(eta, scale, torch.float64, own_networks=False)
+            table.row(same, "float64").note(apart=relative(double, their))
 
 
 def main() -> int:

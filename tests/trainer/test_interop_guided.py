@@ -389,6 +389,8 @@ def test_a_classifiers_flags_note_what_its_training_would_do_otherwise(small: Pa
         (CLASSIFIER, ["model.name=classifier", "model.resblock_updown=true", "model.num_head_channels=16"]),
         (["model.resblock_updown=false", "model.num_head_channels=null", "model.rescale_residuals=true"],
          ["model.rescale_residuals=true"]),
+        (["model.resblock_updown=false", "model.num_head_channels=null", "model.low_res_size=4",
+          "model.low_res_noise.max_step=9"], ["model.low_res_noise"]),
     ],
 )  # fmt: skip
 def test_its_predecessor_has_no_such_networks(
@@ -396,7 +398,7 @@ def test_its_predecessor_has_no_such_networks(
 ) -> None:
     config = load_config(small, overrides)
     assert [reason.split(":")[0] for reason in sorted(improved_diffusion.refusals(config))] == sorted(said)
-    path = save(their_state(config), tmp_path / "ema_0.9999_10.pt")
+    path = save({}, tmp_path / "ema_0.9999_10.pt")
     for attempt in (
         lambda: import_checkpoint(path, tmp_path / "out", config),
         lambda: export_checkpoint(our_export(tmp_path / "export", config), tmp_path / "x.pt"),
@@ -422,7 +424,9 @@ def test_the_command_line_there_and_back(
     config = load_config(small, PUBLISHED_CLASSIFIER)
     path = save(their_state(config), tmp_path / "64x64_classifier.pt")
     run_main("import", path, "--preset", small, "--out", tmp_path / "out", *PUBLISHED_CLASSIFIER)
-    assert f"model weights, {sum(t.numel() for t in their_state(config).values()):,}" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert f"model weights, {sum(t.numel() for t in their_state(config).values()):,}" in said.out
+    assert "--data SPLIT --metrics accuracy --weights model" in said.err
     run_main("export", tmp_path / "out", "--out", tmp_path / "back.pt", "--weights", "model")
     assert "CLASSIFIER_FLAGS=" in capsys.readouterr().out
     state, back = (torch.load(each, weights_only=True) for each in (path, tmp_path / "back.pt"))

@@ -63,6 +63,8 @@ def main() -> int:
         advice = f"evaluate it: python -m evaluation.evaluate {a.out} --data SPLIT{weights}"
         if config.model.low_res_size:  # makes images from those of a base network only
             advice = f"sample it: python -m evaluation.sample BASE {a.out} --out samples.npz{weights}"
+        if config.is_classifier:
+            advice = f"measure it: python -m evaluation.evaluate {a.out} --data SPLIT --metrics accuracy{weights}"
         print(advice, file=sys.stderr)
     else:
         flags = export_checkpoint(a.export, a.out, weights=a.weights, format_name=a.format)

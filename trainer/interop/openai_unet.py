@@ -142,8 +142,11 @@ def diffusion_flags(config: RunConfig) -> dict[str, object]:
 
 def not_theirs(config: RunConfig) -> Iterator[str]:
     """Why neither code base has the network: it computes something else than theirs."""
-    if encoder_of(config).rescale_residuals:
+    model = encoder_of(config)
+    if model.rescale_residuals:
         yield "model.rescale_residuals=true: its blocks add their input as it is"
+    if model.low_res_noise:
+        yield "model.low_res_noise: its upsamplers are not told of noise on what they enlarge"
 
 
 def inexpressible(config: RunConfig) -> Iterator[str]:
