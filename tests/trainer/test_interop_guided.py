@@ -426,7 +426,7 @@ def test_the_command_line_there_and_back(
     run_main("import", path, "--preset", small, "--out", tmp_path / "out", *PUBLISHED_CLASSIFIER)
     said = capsys.readouterr()
     assert f"model weights, {sum(t.numel() for t in their_state(config).values()):,}" in said.out
-    assert "--data SPLIT --metrics accuracy --weights model" in said.err
+    assert f"--classifier {tmp_path / 'out'} --out samples.npz --classifier-weights model" in said.err
     run_main("export", tmp_path / "out", "--out", tmp_path / "back.pt", "--weights", "model")
     assert "CLASSIFIER_FLAGS=" in capsys.readouterr().out
     state, back = (torch.load(each, weights_only=True) for each in (path, tmp_path / "back.pt"))

@@ -64,7 +64,10 @@ def main() -> int:
         if config.model.low_res_size:  # makes images from those of a base network only
             advice = f"sample it: python -m evaluation.sample BASE {a.out} --out samples.npz{weights}"
         if config.is_classifier:
-            advice = f"measure it: python -m evaluation.evaluate {a.out} --data SPLIT --metrics accuracy{weights}"
+            weights = weights.replace("--weights", "--classifier-weights")
+            advice = (
+                f"guide with it: python -m evaluation.sample NETWORK --classifier {a.out} --out samples.npz{weights}"
+            )
         print(advice, file=sys.stderr)
     else:
         flags = export_checkpoint(a.export, a.out, weights=a.weights, format_name=a.format)
