@@ -8,13 +8,19 @@ from typing import Any
 import pytest
 
 from data_pipeline.errors import ConfigError
+from trainer.cascade import check_augmentation, check_cascade
 from trainer.config import load_config
 from trainer.interop.presets import find_preset, preset_names
 from trainer.model_config import ClassifierConfig, EncoderConfig
 from trainer.models import count
+from trainer.sampling_config import SamplingConfig
 
 K = 1000
 NOT_PUBLISHED = {
+    *(f"cifar10/cascade_{stage}" for stage in ("8", "8_16", "16_32")),
+    "imagenet64/cdm_32",
+    "imagenet64/cdm_32_64",
+    "imagenet256/cdm_64_256",
     "cifar10/adm_small",
     "cifar10/dit_small",
     *(f"imagenet64/dit/{size}" for size in ("s", "b", "l", "xl")),
@@ -173,3 +179,27 @@ def test_an_unknown_preset_lists_the_close_ones() -> None:
         find_preset("imagenet64/hybird")
     with pytest.raises(ConfigError, match=r"known: cifar10/.*lsun256/bedroom"):
         find_preset("qqq")
+
+
+@pytest.mark.parametrize(
+    "stages",
+    [
+        ("cifar10/cascade_8", "cifar10/cascade_8_16", "cifar10/cascade_16_32"),
+        ("imagenet64/cdm_32", "imagenet64/cdm_32_64", "imagenet256/cdm_64_256"),
+        ("imagenet64/class_conditional", "imagenet256/cdm_64_256"),
+    ],
+    ids=lambda stages: stages[-1],
+)
+def test_stages_of_a_cascade_fit_together(stages: tuple[str, ...]) -> None:
+    """In sizes and classes, and in noise: truncated at the largest s of each."""
+    configs = [load_config(find_preset(name)) for name in stages]
+    check_cascade(configs)
+    steps = [0 if config.model.low_res_noise is None else config.model.low_res_noise.max_step for config in configs]
+    kinds: list[Any] = ["truncated" if step else "non_truncated" for step in steps]
+    samplings = [
+        SamplingConfig(respacing="4000", low_res_noise=step, augmentation=kind)
+        for step, kind in zip(steps, kinds, strict=True)
+    ]
+    assert steps[0] == 0
+    assert all(steps[1:])
+    check_augmentation(configs, samplings)
