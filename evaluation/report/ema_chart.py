@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from evaluation.report.chart import Axis, Chart, Panel, Series, log_axis
 from evaluation.report.palette import INK
-from evaluation.report.style import law_title
+from evaluation.report.style import metric_label, split_label
 from trainer.tracking.records import EvalRecord
 
 Point = tuple[float, EvalRecord]  # the relative length of a power profile, and what was measured of its average
@@ -24,8 +24,10 @@ def _panel(curve: Sequence[Point]) -> Panel:
     high = max(v + e for v, e in zip(values, errors, strict=True))
     room = 0.06 * (high - low) or 0.05 * abs(high) or 1.0
     first = curve[0][1]
-    y = Axis(law_title(first.metric, first.split), low - room, high + room, log=False)
+    y = Axis(metric_label(first.metric), low - room, high + room, log=False)
     hover = [(f"sigma_rel {length:g}", f"{value:.5g}") for length, value in zip(lengths, values, strict=True)]
     bars = (errors, errors) if any(errors) else None
     series = Series(lengths, values, INK, width=1.2, marker="dot", error=bars, hover=hover)
-    return Panel(log_axis("relative length of the average (sigma_rel)", lengths), y, (series,))
+    return Panel(
+        log_axis("relative length of the average (sigma_rel)", lengths), y, (series,), title=split_label(first.split)
+    )
