@@ -124,6 +124,11 @@ def _with_seeds(
             "train it beside the ladder (extra, with evaluate: false), or set evaluation.nll=null and no "
             "evaluation.distance."
         )
+    if fitted and study.evaluation.flops and draft.train.lr_decay != "none":
+        raise ConfigError(
+            f"{source}: train.lr_decay={draft.train.lr_decay} with evaluation.flops, which takes a run on its way for "
+            "a shorter one that has ended there; set train.lr_decay=none, or leave evaluation.flops out."
+        )
     cost = count(draft.model, draft.diffusion)
     batch = draft.train.global_batch
     total = _step_end(budget.images or (budget.flops or 0.0) / cost.train_flops, batch)

@@ -286,6 +286,13 @@ def test_a_point_beyond_the_budget_is_refused(study_file: Path) -> None:
         assert word in str(caught.value)
 
 
+def test_points_of_compute_want_a_rate_that_does_not_decay(study_file: Path) -> None:
+    decay = "settings={train.lr_decay: linear}"
+    with pytest.raises(ConfigError, match=r"trial channels4.*train\.lr_decay=linear with evaluation\.flops"):
+        trials(study_file, "budget.flops=1e10", "evaluation.flops=[2.0e9]", decay)
+    assert {t.config.train.lr_decay for t in trials(study_file, decay)} == {"linear"}
+
+
 def test_points_of_compute_beyond_an_extra_trials_own_budget_are_left_out(study_file: Path) -> None:
     study_file.write_text(study_file.read_text() + "extra: [{name: short, run: tiny.yaml, budget_images: 16}]\n")
     *_, extra = trials(study_file, "budget.flops=1e10", "evaluation.flops=[2.0e9]")

@@ -1,6 +1,7 @@
 """Bring weights of other code bases in, and take ours out:
 
     python -m trainer.interop import ema_0.9999_1500000.pt --preset imagenet64/hybrid --out imported/imagenet64
+    python -m trainer.interop import 64x64_diffusion.pt --preset imagenet64/adm --format guided-diffusion --out adm
     python -m trainer.interop export RUN/exports/000192000000 --out ema_0.9999_1500000.pt
 
 The config of an import is a preset (a file below configs/runs, by its name) with section.key=value changes. The number

@@ -1,4 +1,4 @@
-"""ADM's networks, classifiers and guided sampling against the published code: `python -m benchmarks.agreement_adm`.
+"""ADM's networks, classifiers and guided sampling against the published code: `python -m benchmarks.adm_agreement`.
 
 `--peer-path` names a checkout of openai/guided-diffusion (the code of Dhariwal & Nichol 2021). Both get the same
 weights, none of them zero, and the same inputs and noise. Networks: distance over length of the output, of the
