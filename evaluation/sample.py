@@ -9,128 +9,47 @@
         --augmentation truncated --out samples256.npz
     python -m evaluation.sample EXPORT --classifier CLASSIFIER --classifier-scale 4 --classes 5 --out dogs.npz
 
-Each export after the first enlarges what the one before it made, with noise on it where the network was trained so
-(trainer/cascade.py). An npz holds `arr_0`, uint8 [N, H, W, 3], and for
-class-conditional networks `arr_1`, the classes [N]: the layout in which published samples come. Any other --out is a
-folder of shards, a data split like those of training. With them come a grid (.png) and an account of what was made
-(.json). Image i is a function of --seed, i, its class and its row of --base: its noise bit for bit, its pixels up to
-the rounding that --batch brings. Any number of processes make the same bits, and a command that was interrupted goes
-on where it was.
+Each export after the first enlarges what the one before it made, with noise on it where it was trained so
+(trainer/cascade.py). An npz holds `arr_0`, uint8 [N, H, W, 3], and for class-conditional networks `arr_1`, the classes
+[N]: the layout in which published samples come. Any other --out is a folder of shards, a data split like those of
+training. With them come a grid (.png) and an account of what was made (.json). Image i is a function of --seed, i, its
+class and its row of --base: its noise bit for bit, its pixels up to the rounding that --batch brings. Any number of
+processes make the same bits, and a command that was interrupted goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
-import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from data_pipeline.errors import UserError, run_cli
 from data_pipeline.files import sha256_file, write_json
-from data_pipeline.manifest import SAMPLES, SourceInfo
 from data_pipeline.progress import say
 from data_pipeline.workspace import workspace
 from evaluation.chunks import Arrays, Chunks, FinishedElsewhere, shard_of
 from evaluation.device import pick_device
 from evaluation.sample_files import Images, read_samples, write_npz, write_split
 from evaluation.sample_place import Place
+from evaluation.sample_request import Request
 from evaluation.sampling_job import sample_chunks
 from evaluation.sampling_options import RESPACINGS, add_sampling_options, sampling_of
 from trainer.cascade import check_augmentation, check_cascade
 from trainer.diffusion.respacing import count_timesteps
-from trainer.export import Export, Weights, open_export
+from trainer.export import Export, open_export
 from trainer.grid import save_grid
-from trainer.guiding import check_guide, guiding_classes, samples_said
+from trainer.guiding import check_guide, guiding_classes
 from trainer.sampling import Stage, check_guidance
 from trainer.sampling_config import SamplingConfig
-from trainer.section import Section
 
 GRID_IMAGES = 64
 MAX_IMAGES = 100_000_000  # their list of chunks and of classes still fits in memory
-# Keys of the sections `model` and `diffusion` that have been part of the images' keys from the start.
-_ALWAYS_SAID = {
-    "name", "image_size", "dropout", "num_classes", "null_class", "low_res_size", "channels", "channel_mult",
-    "num_res_blocks", "attention_resolutions", "num_heads", "use_scale_shift_norm",
-    "num_timesteps", "schedule", "prediction", "variance", "objective", "mse_target", "vlb_weight", "timestep_sampler",
-    "rescale_timesteps",
-}  # fmt: skip
 T = TypeVar("T")
-
-
-@dataclass(frozen=True)
-class Request:
-    """What is to be made."""
-
-    exports: list[Export]
-    samplings: list[SamplingConfig]
-    weights: Weights
-    numbers: range
-    labels: list[int] | None  # [N]; None: nothing hears classes
-    num_classes: int
-    base: Tensor | None  # uint8 [N, 3, h, w]
-    base_path: Path | None
-    seed: int
-    batch: int
-
-    @property
-    def image_size(self) -> int:
-        return self.exports[-1].config.model.image_size
-
-    def options(self) -> dict[str, str | int | float | bool]:
-        """All that decides the images, as far as words go: equal options, equal images."""
-        options: dict[str, str | int | float | bool] = {
-            "seed": self.seed, "first": self.numbers.start, "num": len(self.numbers), "batch": self.batch,
-        }  # fmt: skip
-        if self.labels is not None:
-            options["labels_sha256"] = hashlib.sha256(np.array(self.labels, dtype="<i8").tobytes()).hexdigest()
-        if self.base_path is not None:
-            options["base_sha256"] = sha256_file(self.base_path)
-        for number, (export, sampling) in enumerate(zip(self.exports, self.samplings, strict=True), start=1):
-            stage = {"weights_sha256": export.weights_sha256[self.weights], **samples_said(sampling)}
-            options |= {f"stage{number}.{name}": value for name, value in stage.items()}
-        return options
-
-    def key(self, options: dict[str, Any]) -> str:
-        """Names the images: of the options, and of the configs that say how the weights are to be read."""
-        configs = [(_said(e.config.model), _said(e.config.diffusion)) for e in self.exports]
-        return hashlib.sha256(json.dumps([options, configs], sort_keys=True).encode()).hexdigest()[:16]
-
-    def account(self, options: dict[str, Any], key: str) -> dict[str, Any]:
-        """What was made, of what, and how."""
-        samplings = [s.model_dump(mode="json") for s in self.samplings]
-        return {
-            "key": key,
-            "first": self.numbers.start,
-            "num": len(self.numbers),
-            "seed": self.seed,
-            "batch": self.batch,
-            **{name: [s[name] for s in samplings] for name in samplings[0]},
-            "base": str(self.base_path) if self.base_path else None,
-            "weights": self.weights,
-            "exports": [
-                {"path": str(e.path), "nimg": e.info["nimg"], "weights_sha256": e.weights_sha256[self.weights]}
-                for e in self.exports
-            ],
-            "options": options,
-        }
-
-    def source(self, options: dict[str, Any]) -> SourceInfo:
-        """What a manifest says of where the images came from."""
-        return SourceInfo(kind=SAMPLES, options=options, origin=", ".join(str(e.path) for e in self.exports))
-
-
-def _said(section: Section) -> dict[str, Any]:
-    """A section of a config, without those later keys that are at their defaults: images of before keep their keys."""
-    defaults = {name: field.default for name, field in type(section).model_fields.items()}
-    return {k: v for k, v in section.model_dump().items() if k in _ALWAYS_SAID or getattr(section, k) != defaults[k]}
 
 
 def _request(a: argparse.Namespace) -> Request:

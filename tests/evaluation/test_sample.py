@@ -26,9 +26,10 @@ from random_stage import make_export, make_stage
 from data_pipeline.dataset import ShardDataset
 from data_pipeline.errors import UserError
 from evaluation.chunks import Chunks
-from evaluation.sample import Request, main
+from evaluation.sample import main
 from evaluation.sample_files import read_samples, write_npz
 from evaluation.sample_place import Place
+from evaluation.sample_request import Request
 from evaluation.sampling_job import sample_chunks
 from trainer.cascade import sample_cascade
 from trainer.config import load_config

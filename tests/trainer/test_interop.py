@@ -676,13 +676,6 @@ def test_what_they_cannot_express_is_refused_by_key_and_value(
     assert not (tmp_path / "ema_0.9999_10.pt").exists()
 
 
-def test_a_network_that_is_told_of_noise_is_refused(small: Path, tmp_path: Path) -> None:
-    config = load_config(small, ["model.low_res_size=16", "model.low_res_noise.max_step=50"])
-    export = our_export(tmp_path / "export", config, kinds=("ema",))
-    with pytest.raises(ConfigError, match=r"model\.low_res_noise\.max_step=50: its networks are not told"):
-        export_checkpoint(export.path, tmp_path / "ema_0.9999_10.pt")
-
-
 # The command line
 
 

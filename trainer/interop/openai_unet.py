@@ -159,9 +159,6 @@ def inexpressible(config: RunConfig) -> Iterator[str]:
     if model.num_classes not in (0, NUM_CLASSES):
         which = "classifiers" if isinstance(model, ClassifierConfig) else "class-conditional networks"
         yield f"model.num_classes={model.num_classes}: its {which} have {NUM_CLASSES} classes"
-    if model.low_res_noise:
-        step = model.low_res_noise.max_step
-        yield f"model.low_res_noise.max_step={step}: its networks are not told how noisy low-resolution images are"
     if diffusion.schedule == "sigmoid":
         yield "diffusion.schedule=sigmoid: its schedules are linear and cosine"
     if diffusion.prediction not in ("eps", "x0"):
