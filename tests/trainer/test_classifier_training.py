@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 from coloured_data import write_coloured
 from ranks import run_ranks
 
@@ -13,8 +14,11 @@ from data_pipeline.errors import ConfigError
 from evaluation.evaluate import evaluate
 from evaluation.request import EvalRequest
 from trainer.config import load_config
+from trainer.diffusion.gaussian import GaussianDiffusion
+from trainer.export import open_export
 from trainer.inputs import open_dataset
 from trainer.plan import plan_text
+from trainer.sampling import Stage, sample
 from trainer.tracking.records import read_train_records
 
 MODEL = (
@@ -29,7 +33,7 @@ SETTINGS = [
 
 @pytest.fixture(scope="module")
 def runs(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run at ZeRO-2, and one that began at ZeRO-3 and went on at ZeRO-0, on two processes."""
+    """On two processes: a run at ZeRO-2; one that began at ZeRO-3 and went on at ZeRO-0; a network that it guides."""
     folder = tmp_path_factory.mktemp("classifier")
     write_coloured(folder / "train")
     write_coloured(folder / "test", num=64)
@@ -40,6 +44,17 @@ def runs(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         [*own, f"run.folder={folder / 'parts'}", "engine.zero_stage=3", "train.budget_images=256"],
         [*own, f"run.folder={folder / 'parts'}", "engine.zero_stage=0", "train.micro_batch=4"],
     ]
+    grid = {
+        "num_images": 8, "respacing": 10, "guidance": 2.0, "threshold": "dynamic", "threshold_quantile": 0.9,
+        "classifier": str(folder / "whole" / "exports" / "000000000512"), "classifier_scale": 5.0,
+    }  # fmt: skip
+    scenarios += [
+        [
+            f"data.train={folder / 'train'}", f"run.folder={folder / 'guided'}", "name=guided",
+            "model.num_classes=4", "model.null_class=true", "train.class_dropout=0.2", "diffusion.prediction=v",
+            f"train.sample_grid={json.dumps(grid)}",
+        ]
+    ]  # fmt: skip
     file.write_text(json.dumps({"config": str(tiny_config), "runs": scenarios}))
     run_ranks(["tests/trainer/train_scenarios.py", str(file)], 2)
     return folder
@@ -65,6 +80,23 @@ def test_it_goes_on_in_another_layout(runs: Path) -> None:
         [r.values["train/cross_entropy"] for r in read_train_records(runs / name)] for name in ("whole", "parts")
     )
     assert parts == pytest.approx(whole, rel=1e-3)
+
+
+def test_it_guides_the_samples_of_another_run(runs: Path) -> None:
+    """Beside classifier-free guidance, in the run's own grids; what it asks for is what it then sees."""
+    run = runs / "guided"
+    assert {p.name for p in (run / "samples").iterdir()} == {"000000000024.png", "000000000048.png"}
+    export = open_export(run / "exports" / "000000000048")
+    guide = open_export(runs / "whole" / "exports" / "000000000512")
+    time = GaussianDiffusion.create(guide.config.diffusion).network_time(torch.zeros(8, dtype=torch.long))
+    labels, seen = torch.arange(8) % 4, []
+    for scale in (0.0, 5.0, 20.0):
+        how = {"classifier_scale": scale, "sampler": "ancestral", "respacing": "50"}
+        sampling = export.config.train.sample_grid.model_copy(update=how)
+        images = sample(Stage.open(export.network("ema"), export.config, sampling), range(8))
+        says = guide.network("ema")(images.float() / 127.5 - 1, time).softmax(dim=1)
+        seen.append(float(says.gather(1, labels[:, None]).mean()))
+    assert seen[0] + 0.1 < seen[1] < seen[2]
 
 
 def test_its_labels_must_be_there(tiny_config: Path, tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ NOT_PUBLISHED = {
     "cifar10/dit_small",
     *(f"imagenet64/dit/{size}" for size in ("s", "b", "l", "xl")),
     "cifar10/classifier_small",
+    "cifar10/guided_small",
     "cifar10/ema_profiles",
     "cifar10/dpm_solver",
     "cifar10/min_snr",
