@@ -67,6 +67,15 @@ class DistanceConfig(SamplingConfig):
     reference: Path | None = None  # npz of published statistics to compare with instead
     points: Literal["last", "all"] = "last"  # at each trial's last point, or at all
 
+    @model_validator(mode="after")
+    def _nothing_is_enlarged(self) -> DistanceConfig:
+        if self.low_res_noise:
+            raise ValueError(
+                f"evaluation.distance.low_res_noise={self.low_res_noise} is noise on images that a network enlarges, "
+                "and those that are measured enlarge none; leave it out (cascades: python -m evaluation.sample)"
+            )
+        return self
+
     @property
     def sampling(self) -> SamplingConfig:
         return SamplingConfig(**{name: getattr(self, name) for name in SamplingConfig.model_fields})

@@ -24,6 +24,7 @@ from cluster.study import main
 from cluster.words import duration
 from data_pipeline.errors import ConfigError, UserError
 from data_pipeline.words import size
+from trainer.cascade import check_cascade
 from trainer.memory import memory_of
 
 STUDIES = Path(__file__).resolve().parents[2] / "configs" / "studies"
@@ -55,6 +56,12 @@ def test_imagenet256_has_the_two_stage_route() -> None:
     assert trials["two-stage-upsampler"].cost.num_params == 279_792_390
     assert all(t.config.model.num_classes == 1000 for t in trials.values())
     assert trials["C=128"].config.model.channel_mult == (1, 1, 2, 2, 4, 4)
+
+
+def test_imagenet256_cascade_has_three_stages_that_fit_together() -> None:
+    trials = {t.label: t for t in shipped("imagenet256_cascade")[1]}
+    assert "two-stage-base64" not in trials
+    check_cascade([trials[f"cascade-{sizes}"].config for sizes in ("32", "32-64", "64-256")])
 
 
 @pytest.mark.parametrize("path", sorted(STUDIES.glob("*.yaml")), ids=lambda p: p.stem)

@@ -111,6 +111,7 @@ def test_studies_inherit(study_file: Path, tmp_path: Path) -> None:
         ("ladder.values=[a,b]", ["ladder.values=['a', 'b']", "train.lr", "positive number", "table"]),
         ("ladder.values=[8,-8]", ["ladder.values=[8, -8]", "positive number"]),
         ("ladder.values=[1,'1']", ["'1' twice"]),
+        ("evaluation.distance={num_samples: 8, low_res_noise: 3}", ["evaluation.distance.low_res_noise=3", "enlarge"]),
         ("evaluation.images=[0]", ["evaluation.images=[0]", "before the first step"]),
         ("evaluation.flops=[-1.0]", ["evaluation.flops=[-1.0]", "before the first step"]),
         ("resources.num_nodes=2", ["resources.num_nodes=2", "resources.num_processes=1"]),

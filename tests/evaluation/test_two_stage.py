@@ -1,4 +1,4 @@
-"""The two-stage 256 px sampling of Improved DDPM, from shards to an image, with the presets' own structure."""
+"""256 px images in two stages, as in Improved DDPM, and in three, from shards to an image: the presets as they are."""
 
 from __future__ import annotations
 
@@ -16,12 +16,18 @@ def run(*command: object) -> None:
     subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, check=True, timeout=280)
 
 
+TWO_STAGES = [("imagenet64/class_conditional", 64), ("imagenet256/upsampler", 256)]
+THREE_STAGES = [("imagenet64/cdm_32", 32), ("imagenet64/cdm_32_64", 64), ("imagenet256/cdm_64_256", 256)]
+NOISE = ["--low-res-noise", 1000, "--low-res-noise", 500, "--augmentation", "truncated"]
+
+
 @pytest.mark.prove
 @pytest.mark.timeout(600)
-def test_train_both_stages_and_sample(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("stages", "options"), [(TWO_STAGES, []), (THREE_STAGES, NOISE)], ids=["two", "three"])
+def test_train_all_stages_and_sample(tmp_path: Path, stages: list[tuple[str, int]], options: list[object]) -> None:
     """Narrow networks and two steps; every other setting is the preset's: levels, attention, T, 1000 classes."""
     exports = []
-    for name, size in (("imagenet64/class_conditional", 64), ("imagenet256/upsampler", 256)):
+    for name, size in stages:
         data, folder = tmp_path / f"data{size}", tmp_path / f"run{size}"
         run("-m", "data_pipeline.prepare", "generated", "--out", data, "--size", size, "--num-classes", 1000,
             "--num-train", 1000, "--num-test", 2)  # fmt: skip
@@ -31,7 +37,8 @@ def test_train_both_stages_and_sample(tmp_path: Path) -> None:
             "engine.precision=fp32")  # fmt: skip
         exports.append(folder / "exports" / f"{4:012d}")
     out = tmp_path / "samples.npz"
-    run("-m", "evaluation.sample", *exports, "--num", 2, "--respacing", 4, "--respacing", 2, "--out", out)
+    respacings = [word for number in (4, 3, 2)[: len(stages)] for word in ("--respacing", number)]
+    run("-m", "evaluation.sample", *exports, "--num", 2, *respacings, *options, "--out", out)
     with np.load(out) as file:
         assert file["arr_0"].shape == (2, 256, 256, 3)
         assert file["arr_1"].tolist() == [0, 1]
