@@ -102,7 +102,7 @@ def test_with_all_steps_they_make_the_datas(tiny_config: Path, kind: str, steps:
     for respacing in ("100", "1000"):
         made = sampled_covariance(perfect_stages(tiny_config, *steps, kind=kind, respacing=respacing))
         errors.append(float((made - datas).norm() / datas.norm()))
-    assert errors[1] < 0.006
+    assert errors[1] < (0.004 if all(steps) else 0.008)  # without noise the last stage has more to sharpen
     assert errors[1] < errors[0] / 5  # what is left is DDIM's, of first order
 
 
