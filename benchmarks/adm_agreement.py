@@ -51,9 +51,7 @@ NETWORKS: dict[str, EncoderConfig] = {
     "UNet, old order": UNetConfig(**BASE),
     "UNet, four heads, no classes": UNetConfig(**BASE | {"num_head_channels": None, "num_classes": 0}),
     "UNet, half-width first level": UNetConfig(**BASE | {"channel_mult": (0.5, 1, 2)}),
-    "UNet, single convolutions, plain norm": UNetConfig(
-        **BASE | {"resblock_updown": False, "use_scale_shift_norm": False}
-    ),
+    "UNet, single convolutions": UNetConfig(**BASE | {"resblock_updown": False, "use_scale_shift_norm": False}),
     "upsampler": UNetConfig(**BASE, low_res_size=16),
     **{f"classifier, {pool} pool": ClassifierConfig(**BASE, pool=pool) for pool in POOLS},
 }
