@@ -81,9 +81,11 @@ class Evaluation:
         if self.artifacts is not None:
             found.write_artifacts(self.artifacts)
         diffusion = self.subject.export.config.diffusion
-        measured = {"t": "uniform", "num_timesteps": diffusion.num_timesteps, "schedule": diffusion.schedule}
+        process = {"num_timesteps": diffusion.num_timesteps, "schedule": diffusion.schedule, **diffusion.schedule_shape}
         return [
-            self._record(RECORDS[name], value, n=len(found.t), seeds=[self.request.seed], measured=measured)
+            self._record(
+                RECORDS[name], value, n=len(found.t), seeds=[self.request.seed], measured={"t": "uniform", **process}
+            )
             for name, value in found.over_all().items()
         ]
 

@@ -14,7 +14,7 @@ from coloured_data import CLASSIFIER
 from random_stage import make_export, make_stage
 
 from data_pipeline.errors import UserError
-from evaluation.evaluate import evaluate
+from evaluation.evaluate import _parser, _request, evaluate
 from evaluation.request import EvalRequest
 from evaluation.sample import main as sample_command
 from trainer.export import open_export
@@ -86,6 +86,15 @@ def test_each_stage_of_a_cascade_has_its_own(exports: Path, tmp_path: Path, monk
             run(monkeypatch, exports / "unet", "--out", tmp_path / "c.npz", *words)
     with pytest.raises(UserError, match=r"stage 1 \(noisy\) is a classifier"):
         run(monkeypatch, exports / "classifier", "--out", tmp_path / "c.npz")
+
+
+def test_evaluations_are_told_alike(exports: Path, generated_data: Path) -> None:
+    words = ["--data", str(generated_data / "test"), "--classifier", str(exports / "classifier")]
+    words += ["--classifier-scale", "2", "--classifier-weights", "model", "--accuracy-calls", "7"]
+    request = _request(_parser().parse_args([str(exports / "unet"), *words]))
+    assert request.sampling.classifier == exports / "classifier"
+    assert (request.sampling.classifier_scale, request.sampling.classifier_weights) == (2.0, "model")
+    assert request.accuracy_calls == 7
 
 
 def test_records_name_the_classifier(exports: Path, generated_data: Path, tmp_path: Path) -> None:

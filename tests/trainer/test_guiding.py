@@ -122,6 +122,14 @@ def test_a_classifier_of_other_images_is_refused(
         check_guide(config, SamplingConfig(classifier=classifier))
 
 
+def test_a_sigmoid_is_of_a_shape(tiny_config: Path, tmp_path: Path) -> None:
+    sigmoid, other = "diffusion.schedule=sigmoid", "diffusion.sigmoid_tau=0.5"
+    path = make_export(tmp_path / "sigmoid", make_stage(tiny_config, *CLASSIFIER, sigmoid))
+    check_guide(load_config(tiny_config, [sigmoid]), SamplingConfig(classifier=path))
+    with pytest.raises(UserError, match=r"schedule_shape=.*'tau': 1\.0}, not .*'tau': 0\.5}"):
+        check_guide(load_config(tiny_config, [sigmoid, other]), SamplingConfig(classifier=path))
+
+
 def test_what_is_no_classifier_is_refused(tiny_config: Path, classifier: Path, tmp_path: Path) -> None:
     stage = make_stage(tiny_config)
     config, unet = stage.config, make_export(tmp_path / "unet", stage)
