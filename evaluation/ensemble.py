@@ -48,7 +48,10 @@ class TimeRanges(nn.Module):
 def check_fit(own: RunConfig, other: RunConfig, below: int) -> None:
     """Raises UserError unless both networks answer the same question and `below` is inside the process."""
     size = ("image_size", "num_classes", "null_class", "low_res_size", "low_res_noise")
-    process = ("num_timesteps", "schedule", "prediction", "variance", "rescale_timesteps")
+    process = (
+        "num_timesteps", "schedule", "sigmoid_start", "sigmoid_end", "sigmoid_tau", "prediction", "variance",
+        "rescale_timesteps",
+    )  # fmt: skip
     differing = [f"model.{name}" for name in size if getattr(own.model, name) != getattr(other.model, name)]
     differing += [
         f"diffusion.{name}" for name in process if getattr(own.diffusion, name) != getattr(other.diffusion, name)

@@ -36,7 +36,7 @@ from evaluation.results import (
     write_records,
     write_table,
 )  # fmt: skip
-from evaluation.sampling_options import RESPACINGS, add_sampling_options, sampling_of
+from evaluation.sampling_options import add_network_options, network_sampling_of
 from evaluation.subject import check_data, check_kind, open_subject
 from trainer.diffusion.respacing import count_timesteps
 from trainer.export import Export, open_export
@@ -137,11 +137,7 @@ def _parser() -> argparse.ArgumentParser:
     quality.add_argument("--num-samples", type=int, default=2048)
     quality.add_argument("--repeats", type=int, default=1, help="sets of samples, of seeds --seed, --seed + 1, ...")
     quality.add_argument("--batch", type=int, default=64, help="samples a network call")
-    add_sampling_options(quality, sampler="ddim")
-    quality.add_argument("--respacing", default="50", help=f"sampling steps: {RESPACINGS}")
-    quality.add_argument("--guidance", type=float, default=1.0, help="scale of classifier-free guidance; 1: none")
-    quality.add_argument("--classifier", type=Path, help="export of a classifier that guides the samples")
-    quality.add_argument("--classifier-scale", type=float, default=1.0, help="scale of its gradient")
+    add_network_options(quality, sampler="ddim", respacing="50")
     quality.add_argument("--num-reference", type=int, help="real images to compare with (default: the whole split)")
     quality.add_argument("--reference", type=Path, help="npz of published statistics to compare with instead")
     quality.add_argument("--train-data", help="the split that was trained on, for memorisation")
@@ -166,12 +162,9 @@ def _request(a: argparse.Namespace) -> EvalRequest:
         ensemble=None if a.ensemble is None else Ensemble(a.ensemble, a.ensemble_below),
         nll=NllSettings(a.mode, a.num_calls, a.target_stderr, a.num_images, a.nll_respacing, not a.no_clip),
         num_samples=a.num_samples, repeats=a.repeats, batch=a.batch,
-        sampling=sampling_of(
-            a, respacing=a.respacing, guidance=a.guidance, classifier=a.classifier, classifier_scale=a.classifier_scale
-        ),
-        num_reference=a.num_reference, reference=a.reference, feature_net=a.feature_net,
-        feature_weights=a.feature_weights, train_data=a.train_data, accuracy_calls=a.accuracy_calls,
-        num_threads=a.num_threads,
+        sampling=network_sampling_of(a), num_reference=a.num_reference, reference=a.reference,
+        feature_net=a.feature_net, feature_weights=a.feature_weights, train_data=a.train_data,
+        accuracy_calls=a.accuracy_calls, num_threads=a.num_threads,
     )  # fmt: skip
 
 

@@ -2,14 +2,15 @@
 
     python -m evaluation.interpolate RUN/exports/000064000000 --data data/cifar10/test --pairs 3,8 0,7 --out between.png
     python -m evaluation.interpolate EXPORT --data SPLIT --pairs 3,8 --depths 0.125,0.25,0.5,0.75,1 --out depths.png
-    python -m evaluation.interpolate EXPORT --data SPLIT --pairs 3,8 --encoder ddim --out arc.png respacing=100
+    python -m evaluation.interpolate EXPORT --data SPLIT --pairs 3,8 --encoder ddim --respacing 100 --out arc.png
 
 A row a pair of images (numbers in the split) and depth. `--encoder noise` (Ho et al. 2020, section 4.4): both are
 noised to the share --depths of the process, the line between the two x_t is cut at --columns places, and each is
 brought back by the sampler, all with the same noise. `--encoder ddim` (Song et al. 2021, section 5.3): both are
 inverted, the arc between the two latents is cut, and DDIM without noise brings each back. A network that hears classes
 is told that of the nearer image. Beside the picture lies an npz with all its images, `arr_0` uint8 [N, H, W, 3] row by
-row. Settings of the sampling are given as key=value.
+row. Without noise of its own (--sampler ddim, the default) the way back is DDIM's; `--sampler ancestral` is that of the
+paper.
 """
 
 from __future__ import annotations
@@ -26,11 +27,12 @@ from torch import Tensor
 from data_pipeline.dataset import ShardDataset
 from data_pipeline.errors import UserError, run_cli
 from data_pipeline.progress import progress_bar
+from evaluation.base_stage import open_base_stage
 from evaluation.device import pick_device
 from evaluation.report.figures import save_figure
 from evaluation.report.image_rows import draw_rows
 from evaluation.sample_files import write_npz
-from evaluation.sampling_words import open_stage, split_words
+from evaluation.sampling_options import add_network_options, network_sampling_of
 from evaluation.subject import check_data
 from trainer.diffusion.interpolation import lerp, slerp
 from trainer.diffusion.predictor import Predictor
@@ -147,9 +149,8 @@ def _parse() -> argparse.Namespace:
     add("--seed", type=int, default=0)
     add("--num-threads", type=int, help="CPU threads")
     add("--out", type=Path, required=True, help="the picture, a .png; the images go to an .npz beside it")
-    parsed, words = parser.parse_known_args()
-    parsed.settings = split_words(words)
-    return parsed
+    add_network_options(parser.add_argument_group("sampling"), sampler="ddim", respacing="100")
+    return parser.parse_args()
 
 
 def main() -> int:
@@ -159,13 +160,11 @@ def main() -> int:
         raise UserError(f"--columns {a.columns} is too small: the two ends are among them; use 2 or more.")
     if a.out.suffix != ".png":
         raise UserError(f"--out {a.out} must end in .png.")
-    is_ddim = a.encoder == "ddim"
+    if a.encoder == "ddim" and (a.sampler != "ddim" or a.eta):
+        raise UserError("--encoder ddim is undone by DDIM without noise: leave --sampler and --eta out.")
     depths = read_depths(a.depths or DEPTHS[a.encoder])
     device = pick_device(a.num_threads)
-    sampler = "ddim" if is_ddim else "ancestral"
-    export, stage = open_stage(a.export, a.settings, sampler=sampler, num_steps=100, weights=a.weights, device=device)
-    if is_ddim and (stage.sampling.sampler != "ddim" or stage.sampling.eta):
-        raise UserError("--encoder ddim is undone by DDIM without noise: leave sampler and eta out.")
+    export, stage = open_base_stage(a.export, network_sampling_of(a), weights=a.weights, device=device)
     dataset = ShardDataset(a.data)
     check_data(export.config, dataset)
     ends = [read_ends(dataset, pair, device) for pair in a.pairs]

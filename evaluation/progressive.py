@@ -1,7 +1,7 @@
 """Progressive generation: what a network knows of its images on the way to them (Ho et al. 2020, section 4.3).
 
     python -m evaluation.progressive RUN/exports/000064000000 --num 8 --out progressive
-    python -m evaluation.progressive RUN/exports/000064000000 --share 6 --out progressive respacing=250
+    python -m evaluation.progressive RUN/exports/000064000000 --share 6 --out progressive --respacing 250
     python -m evaluation.progressive RUN/exports/000064000000 --num 2048 --data data/cifar10/test --out progressive
 
 Into the folder --out:
@@ -11,7 +11,7 @@ Into the folder --out:
   quality.png    with --data: the distance of the predicted x_0 to real images, moment by moment (their figure 10);
                  quality.json holds the numbers
 
-Settings of the sampling are given as key=value. Sample i is that of `evaluation.sample` with the same settings.
+Sample i is that of `evaluation.sample` with the same options.
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from data_pipeline.dataset import ShardDataset
 from data_pipeline.errors import UserError, run_cli
 from data_pipeline.files import write_json
 from data_pipeline.progress import progress_bar
+from evaluation.base_stage import open_base_stage
 from evaluation.device import pick_device
 from evaluation.features import get_feature_net
 from evaluation.features.feature_set import feature_arrays, gather
@@ -37,7 +38,7 @@ from evaluation.quality import quality, record_name
 from evaluation.report.figures import draw, save_figure
 from evaluation.report.image_rows import draw_rows
 from evaluation.report.progressive_chart import progressive_chart
-from evaluation.sampling_words import open_stage, split_words
+from evaluation.sampling_options import add_network_options, network_sampling_of
 from evaluation.subject import check_data
 from trainer.diffusion.progressive import Recorder, evenly
 from trainer.diffusion.samplers import to_uint8
@@ -142,9 +143,8 @@ def _parse() -> argparse.Namespace:
     add("--batch", type=int, default=64, help="samples a network call")
     add("--num-threads", type=int, help="CPU threads")
     add("--out", type=Path, required=True, help="folder of the pictures")
-    parsed, words = parser.parse_known_args()
-    parsed.settings = split_words(words)
-    return parsed
+    add_network_options(parser.add_argument_group("sampling"), sampler="ancestral", respacing="100")
+    return parser.parse_args()
 
 
 def _check(a: argparse.Namespace) -> None:
@@ -161,9 +161,7 @@ def main() -> int:
     a = _parse()
     _check(a)
     device = pick_device(a.num_threads)
-    export, stage = open_stage(
-        a.export, a.settings, sampler="ancestral", num_steps=250, weights=a.weights, device=device
-    )
+    export, stage = open_base_stage(a.export, network_sampling_of(a), weights=a.weights, device=device)
     dataset = None if a.data is None else ShardDataset(a.data)
     if dataset is not None:
         check_data(export.config, dataset)

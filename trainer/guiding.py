@@ -19,7 +19,7 @@ from trainer.export import Export, Weights, open_export
 from trainer.sampling_config import SamplingConfig
 
 # A classifier is asked about x_t at the times that the network sees: these must mean the same noise to both.
-_PROCESS = ("num_timesteps", "schedule", "schedule_shape", "rescale_timesteps")
+_PROCESS = ("num_timesteps", "schedule", "sigmoid_start", "sigmoid_end", "sigmoid_tau", "rescale_timesteps")
 
 
 @dataclass(frozen=True)

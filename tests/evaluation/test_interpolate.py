@@ -99,7 +99,7 @@ def test_the_command_writes_picture_and_images(
     stage = make_stage(tiny_config, "model.num_classes=4")
     export, out = make_export(tmp_path / "export", stage), tmp_path / "out" / "between.png"
     run(export, "--data", generated_data / "test", "--pairs", "3,8", "0,1", "--columns", 3, "--depths", "0.2,0.5",
-        "--encoder", encoder, "--out", out, "--num-threads", 1, "respacing=10")  # fmt: skip
+        "--encoder", encoder, "--out", out, "--num-threads", 1, "--respacing", 10)  # fmt: skip
     with Image.open(out) as picture:
         assert min(picture.size) > 300
     with np.load(out.with_suffix(".npz")) as file:
@@ -118,9 +118,9 @@ def test_the_command_writes_picture_and_images(
         (["--pairs", "3,64"], UserError, "0 to 63"),
         (["--depths", "0"], UserError, "--depths 0"),
         (["--out", "picture.jpg"], UserError, "png"),
-        (["--encoder", "ddim", "sampler=ancestral"], UserError, "sampler"),
-        (["--encoder", "ddim", "eta=0.5"], UserError, "eta"),
-        (["respacing=1000"], ConfigError, "1000"),
+        (["--encoder", "ddim", "--sampler", "ancestral"], UserError, "sampler"),
+        (["--encoder", "ddim", "--eta", 0.5], UserError, "eta"),
+        (["--respacing", 1000], ConfigError, "1000"),
     ],
 )
 def test_what_cannot_be_is_refused(

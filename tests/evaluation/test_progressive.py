@@ -77,7 +77,7 @@ def test_images_share_more_the_later_they_part(stage: Stage) -> None:
 def test_the_command_writes_its_pictures(stage: Stage, generated_data: Path, tmp_path: Path) -> None:
     export, out = make_export(tmp_path / "export", stage), tmp_path / "out"
     run(export, "--num", 4, "--columns", 3, "--share", 2, "--data", generated_data / "test", "--out", out,
-        "--num-threads", 1, "respacing=10")  # fmt: skip
+        "--num-threads", 1, "--respacing", 10)  # fmt: skip
     for name in ("x0", "shared", "quality"):
         with Image.open(out / f"{name}.png") as picture:
             assert min(picture.size) > 100
@@ -91,10 +91,9 @@ def test_the_command_writes_its_pictures(stage: Stage, generated_data: Path, tmp
     [
         (["--num", 0], UserError, "--num 0"),
         (["--columns", 1], UserError, "--columns 1"),
-        (["respacing=1000"], ConfigError, "1000"),
-        (["guidance=2"], UserError, "null class"),
-        (["sampler=magic"], ConfigError, "sampler"),
-        (["--nmu", 3], ConfigError, "--nmu"),
+        (["--respacing", 1000], ConfigError, "1000"),
+        (["--guidance", 2], UserError, "null class"),
+        (["--eta", 0.5], ConfigError, "eta"),
     ],
 )
 def test_what_cannot_be_is_refused(

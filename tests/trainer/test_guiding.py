@@ -109,6 +109,7 @@ def test_classes_that_are_no_use_are_refused(tiny_config: Path, classifier: Path
     [
         ("diffusion.num_timesteps=200", "diffusion.num_timesteps=100, not 200"),
         ("diffusion.schedule=linear", "diffusion.schedule=cosine, not linear"),
+        ("diffusion.schedule=sigmoid", "diffusion.schedule=cosine, not sigmoid"),
         ("diffusion.rescale_timesteps=false", "diffusion.rescale_timesteps=True, not False"),
         ("model.image_size=32", "model.image_size=16, not 32"),
         ("model.num_classes=7", "model.num_classes=4, not 7"),
