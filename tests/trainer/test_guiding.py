@@ -127,7 +127,7 @@ def test_a_sigmoid_is_of_a_shape(tiny_config: Path, tmp_path: Path) -> None:
     sigmoid, other = "diffusion.schedule=sigmoid", "diffusion.sigmoid_tau=0.5"
     path = make_export(tmp_path / "sigmoid", make_stage(tiny_config, *CLASSIFIER, sigmoid))
     check_guide(load_config(tiny_config, [sigmoid]), SamplingConfig(classifier=path))
-    with pytest.raises(UserError, match="trained with diffusion.sigmoid_tau=1.0, not 0.5; train"):
+    with pytest.raises(UserError, match=r"trained with diffusion\.sigmoid_tau=1\.0, not 0\.5; train"):
         check_guide(load_config(tiny_config, [sigmoid, other]), SamplingConfig(classifier=path))
 
 
