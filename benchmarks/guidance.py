@@ -97,7 +97,7 @@ def main() -> int:
     parser.add_argument("--data", type=Path, default=Path("data/cifar10"), help="folder of the splits train and test")
     parser.add_argument("--scales", default="0,1,4")
     parser.add_argument("--sampler", default="ddim")
-    parser.add_argument("--respacing", default="50")
+    parser.add_argument("--respacing", default="ddim50")
     parser.add_argument("--num", type=int, default=100, help="samples a scale")
     parser.add_argument("--num-train", type=int, default=3000, help="images that the judge learns from")
     parser.add_argument("--num-test", type=int, default=1000, help="held-out images that judge the judge")
