@@ -38,6 +38,7 @@ from trainer.diffusion.interpolation import lerp, slerp
 from trainer.diffusion.predictor import Predictor
 from trainer.diffusion.samplers import to_uint8
 from trainer.diffusion.samplers.inversion import ddim_inversion
+from trainer.guiding import guiding_classes
 from trainer.models import IMAGE_CHANNELS
 from trainer.sample_noise import SampleNoise
 from trainer.sampling import Stage, predictor_of, run_sampler
@@ -94,7 +95,8 @@ class Interpolation:
 
     def _part(self, ends: Ends, weights: Tensor, depth: float) -> Predictor:
         """The network on the lowest part of its process."""
-        labels = ends.nearer(weights) if self.stage.config.model.num_classes else None
+        hears = self.stage.config.model.num_classes or guiding_classes(self.stage.sampling)
+        labels = ends.nearer(weights) if hears else None
         predictor = predictor_of(self.stage, [0] * len(weights), labels=labels, device=self.device)
         return replace(
             predictor, diffusion=predictor.diffusion.first(self._num_steps(predictor.diffusion.num_timesteps, depth))
@@ -153,6 +155,18 @@ def _parse() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def _check_undone(a: argparse.Namespace) -> None:
+    """Raises UserError for what would not lead the way back that inversion came."""
+    for option, value, needed in (
+        ("--sampler", a.sampler, "ddim"), ("--eta", a.eta, 0.0), ("--corrector-steps", a.corrector_steps, 0),
+        ("--threshold", a.threshold, "static"),
+    ):  # fmt: skip
+        if value != needed:
+            raise UserError(
+                f"{option} {value}: --encoder ddim is undone by DDIM without noise, corrector or bounds; leave it out."
+            )
+
+
 def main() -> int:
     """The command line."""
     a = _parse()
@@ -160,8 +174,8 @@ def main() -> int:
         raise UserError(f"--columns {a.columns} is too small: the two ends are among them; use 2 or more.")
     if a.out.suffix != ".png":
         raise UserError(f"--out {a.out} must end in .png.")
-    if a.encoder == "ddim" and (a.sampler != "ddim" or a.eta):
-        raise UserError("--encoder ddim is undone by DDIM without noise: leave --sampler and --eta out.")
+    if a.encoder == "ddim":
+        _check_undone(a)
     depths = read_depths(a.depths or DEPTHS[a.encoder])
     device = pick_device(a.num_threads)
     export, stage = open_base_stage(a.export, network_sampling_of(a), weights=a.weights, device=device)

@@ -46,6 +46,7 @@ from trainer.guiding import samples_said
 from trainer.models import IMAGE_CHANNELS
 from trainer.sample_noise import SampleNoise
 from trainer.sampling import Stage, no_progress, predictor_of, run_sampler
+from trainer.sampling_config import SamplingConfig
 
 MAX_ROWS = 12  # of the picture
 SHARED_ROWS = 4  # moments of which images are shown that share x_t
@@ -156,12 +157,24 @@ def _check(a: argparse.Namespace) -> None:
         raise UserError(f"--num {a.num}: a distance is of two samples or more, and says little of less than 1,000.")
 
 
+def _check_shared(sampling: SamplingConfig) -> None:
+    """Raises UserError for samplers that always go on from x_t in the same way."""
+    noisy = sampling.sampler in ("ancestral", "dpmpp_2m_sde") or sampling.eta > 0 or sampling.corrector_steps > 0
+    if not noisy:
+        raise UserError(
+            f"--share: sampler={sampling.sampler} draws no noise, and images with x_t in common would be the same; "
+            "use --sampler ancestral, dpmpp_2m_sde, or ddim with --eta 1."
+        )
+
+
 def main() -> int:
     """The command line."""
     a = _parse()
     _check(a)
-    device = pick_device(a.num_threads)
-    export, stage = open_base_stage(a.export, network_sampling_of(a), weights=a.weights, device=device)
+    device, sampling = pick_device(a.num_threads), network_sampling_of(a)
+    if a.share:
+        _check_shared(sampling)
+    export, stage = open_base_stage(a.export, sampling, weights=a.weights, device=device)
     dataset = None if a.data is None else ShardDataset(a.data)
     if dataset is not None:
         check_data(export.config, dataset)

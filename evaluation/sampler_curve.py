@@ -24,7 +24,7 @@ from evaluation.nll.settings import NllSettings
 from evaluation.report.figures import draw, save_figure
 from evaluation.report.sampler_chart import CallPoint, sampler_chart
 from evaluation.report.text_table import Table
-from evaluation.request import MEMORISATION, EvalRequest
+from evaluation.request import ACCURACY, MEMORISATION, EvalRequest
 from evaluation.results import key_of
 from trainer.config import validate
 from trainer.diffusion.respacing import count_timesteps
@@ -158,8 +158,9 @@ def main() -> int:
     """The command line."""
     a = _parse()
     metrics = tuple(metric for metric in a.metrics.split(",") if metric)
-    if MEMORISATION in metrics:
-        raise UserError(f"{MEMORISATION} is no matter of network calls: ask evaluation.evaluate for it.")
+    for metric in (MEMORISATION, ACCURACY):
+        if metric in metrics:
+            raise UserError(f"--metrics {metric} is no matter of network calls: ask evaluation.evaluate for it.")
     base = EvalRequest(
         data=a.data, metrics=metrics, weights=a.weights, seed=a.seed, nll=NllSettings(num_calls=a.nll_calls),
         num_samples=a.num_samples, repeats=a.repeats, batch=a.batch, num_reference=a.num_reference,

@@ -14,19 +14,12 @@ from torch import Tensor, nn
 from data_pipeline.errors import UserError
 from trainer.config import RunConfig
 from trainer.diffusion.classifier_guidance import classifier_score
-from trainer.diffusion.gaussian import GaussianDiffusion
 from trainer.diffusion.predictor import Score
 from trainer.export import Export, Weights, open_export
 from trainer.sampling_config import SamplingConfig
 
 # A classifier is asked about x_t at the times that the network sees: these must mean the same noise to both.
 _PROCESS = ("num_timesteps", "schedule", "sigmoid_start", "sigmoid_end", "sigmoid_tau", "rescale_timesteps")
-# How many times alpha may grow in the first step of a sampler that takes eps - sigma * score for eps (algorithm 2).
-# Its x_0 holds sigma² / alpha times the score, and the next x alpha_next times that: what a classifier falsely says
-# of almost pure noise, where the true gradient is next to nothing, enters as many times as alpha grows. On the cosine
-# schedule of 4000 steps that is 2600 where 50 of them are visited, T - 1 included, and images are saturated; from 3920
-# on, as ddim50 goes, it is 2.
-LARGEST_GROWTH = 100.0
 
 
 @dataclass(frozen=True)
@@ -75,25 +68,9 @@ def check_guide(config: RunConfig, sampling: SamplingConfig, labels: Sequence[in
             f"{where} cannot guide {config.name}: it was trained with {', '.join(differing)}; train a classifier of "
             "the network's own images and noise levels."
         )
-    _check_first_step(config, sampling, where)
     unknown = sorted({label for label in labels or () if not 0 <= label < found.model.num_classes})
     if unknown:
         raise UserError(f"{where}: class {unknown[0]} is unknown to it: it knows 0 to {found.model.num_classes - 1}.")
-
-
-def _check_first_step(config: RunConfig, sampling: SamplingConfig, where: str) -> None:
-    """Raises UserError where the classifier's error at the first step would be all that is seen of it."""
-    if sampling.sampler == "ancestral":  # algorithm 1, which moves by the variance times the score
-        return
-    schedule = GaussianDiffusion.create(config.diffusion, respacing=sampling.respacing).schedule
-    first = schedule.num_timesteps - 1
-    growth = schedule.level(first - 1).alpha / schedule.level(first).alpha
-    if growth > LARGEST_GROWTH:
-        raise UserError(
-            f"{where}: with sampler={sampling.sampler} and respacing={sampling.respacing} the first step, from "
-            f"t={int(schedule.timestep_map[first])}, makes alpha {growth:,.0f} times as large, and the classifier's "
-            "error there with it; use a respacing that begins below it, such as ddim50, or sampler=ancestral."
-        )
 
 
 def guiding_classes(sampling: SamplingConfig) -> int:

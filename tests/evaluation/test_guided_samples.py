@@ -99,7 +99,7 @@ def test_evaluations_are_told_alike(exports: Path, generated_data: Path) -> None
 
 def test_records_name_the_classifier(exports: Path, generated_data: Path, tmp_path: Path) -> None:
     def request(classifier: Path | None, **how: object) -> EvalRequest:
-        sampling = SamplingConfig(respacing="ddim2", classifier=classifier, **how)  # type: ignore[arg-type]
+        sampling = SamplingConfig(respacing="2", classifier=classifier, **how)  # type: ignore[arg-type]
         return EvalRequest(data=generated_data / "test", metrics=("fd",), num_samples=4, batch=4, sampling=sampling)
 
     elsewhere = shutil.copytree(exports / "classifier", tmp_path / "elsewhere")

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from coloured_data import CLASSIFIER
 from PIL import Image
 from random_stage import make_export, make_stage
 from torch import Tensor, nn
@@ -87,6 +88,23 @@ def test_a_row_is_a_function_of_its_seed_and_pair(stage: Stage, ends: Ends) -> N
     assert not np.array_equal(first, other)
 
 
+def test_a_classifier_is_asked_for_the_class_of_the_nearer_image(
+    tiny_config: Path, generated_data: Path, tmp_path: Path
+) -> None:
+    """Also where the network itself knows none."""
+    classifier = make_export(tmp_path / "classifier", make_stage(tiny_config, *CLASSIFIER))
+    sampling = SamplingConfig(respacing="5", classifier=classifier, classifier_scale=100)
+    bare = make_stage(tiny_config)
+    stage = Stage.open(bare.network, bare.config, sampling)
+    images = read_ends(ShardDataset(generated_data / "test"), "3,8", CPU).images
+    rows = [
+        Interpolation(stage, CPU, columns=4, encoder="noise", seed=0).row(Ends((3, 8), images, labels), 0.5)
+        for labels in ((0, 0), (0, 1))
+    ]
+    assert np.array_equal(rows[0][:2], rows[1][:2])
+    assert not np.array_equal(rows[0][2:], rows[1][2:])
+
+
 def test_the_nearer_image_gives_the_class() -> None:
     ends = Ends((0, 1), torch.zeros(2, 3, 4, 4), (7, 2))
     assert ends.nearer(torch.tensor([0.0, 0.4, 0.6, 1.0])) == [7, 7, 2, 2]
@@ -120,6 +138,8 @@ def test_the_command_writes_picture_and_images(
         (["--out", "picture.jpg"], UserError, "png"),
         (["--encoder", "ddim", "--sampler", "ancestral"], UserError, "sampler"),
         (["--encoder", "ddim", "--eta", 0.5], UserError, "eta"),
+        (["--encoder", "ddim", "--threshold", "none"], UserError, "threshold"),
+        (["--encoder", "ddim", "--corrector-steps", 1, "--corrector-snr", 0.1], UserError, "corrector"),
         (["--respacing", 1000], ConfigError, "1000"),
     ],
 )

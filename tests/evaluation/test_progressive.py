@@ -94,6 +94,7 @@ def test_the_command_writes_its_pictures(stage: Stage, generated_data: Path, tmp
         (["--respacing", 1000], ConfigError, "1000"),
         (["--guidance", 2], UserError, "null class"),
         (["--eta", 0.5], ConfigError, "eta"),
+        (["--share", 3, "--sampler", "ddim", "--respacing", 5], UserError, "--share: sampler=ddim"),
     ],
 )
 def test_what_cannot_be_is_refused(

@@ -96,3 +96,9 @@ def test_unknown_samplers_are_refused() -> None:
         read_ways("ddim:magic", 100)
     with pytest.raises(UserError, match="none"):
         read_ways(" , ", 100)
+
+
+@pytest.mark.parametrize("metric", ["memorisation", "accuracy"])
+def test_metrics_that_no_sampler_changes_are_refused(export: Export, generated_data: Path, metric: str) -> None:
+    with pytest.raises(UserError, match=f"--metrics {metric}"):
+        run(export.path, "--data", generated_data / "test", "--metrics", metric, "--out", export.path / "curve")

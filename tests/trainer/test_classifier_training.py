@@ -45,8 +45,7 @@ def runs(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         [*own, f"run.folder={folder / 'parts'}", "engine.zero_stage=0", "train.micro_batch=4"],
     ]
     grid = {
-        "num_images": 8, "sampler": "ancestral", "respacing": 10, "guidance": 2.0,
-        "threshold": "dynamic", "threshold_quantile": 0.9,
+        "num_images": 8, "respacing": 10, "guidance": 2.0, "threshold": "dynamic", "threshold_quantile": 0.9,
         "classifier": str(folder / "whole" / "exports" / "000000000512"), "classifier_scale": 5.0,
     }  # fmt: skip
     scenarios += [

@@ -62,6 +62,21 @@ def exact_score(whole: GaussianDiffusion) -> Score:
     return score
 
 
+def test_a_wrong_score_at_almost_pure_noise_is_not_magnified() -> None:
+    """What a trained classifier says there is never exactly zero; the linear schedule is guided from its first step."""
+    for schedule, is_guided in (("cosine", False), ("linear", True)):
+        config = CONFIG.model_copy(update={"schedule": schedule})
+        process = GaussianDiffusion.create(config, "cpu", "50")
+        plain = Predictor(exact_denoiser(config), process, None)
+        wrong = Predictor(exact_denoiser(config), process, None, lambda x, _: 0.1 * torch.ones_like(x))
+        x = torch.randn(2, 3, 4, 4, generator=torch.Generator().manual_seed(0))
+        assert torch.equal(wrong(x, 49).x0, plain(x, 49).x0) != is_guided
+        assert not torch.equal(wrong(x, 45).x0, plain(x, 45).x0)
+        noise = SampleNoise(range(2), (3, 4, 4))
+        images = SAMPLERS["ddim"](wrong, noise(), noise=noise)
+        assert images.abs().max() < 2
+
+
 @pytest.mark.parametrize(("name", "options"), [("ancestral", {}), ("ddim", {"eta": 0.0}), ("ddim", {"eta": 1.0})])
 def test_a_score_turns_samples_of_the_data_into_samples_given_what_was_seen(name: str, options: Any) -> None:
     """Algorithm 1 (ancestral) and 2 of Dhariwal & Nichol reach the posterior of Gaussian data, by Bayes' rule."""

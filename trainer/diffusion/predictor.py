@@ -13,6 +13,10 @@ from trainer.diffusion.thresholding import Threshold, static
 
 # (x_t [B, C, H, W], network time [B]) -> the scaled gradient of log p(y | x_t) in x_t, [B, C, H, W].
 Score = Callable[[Tensor, Tensor], Tensor]
+# sigma / alpha above which algorithm 2 leaves a score out. Its x_0 holds sigma² / alpha times the score: what a
+# classifier falsely says of almost pure noise, where the true gradient is next to nothing, would be all that is left
+# of the image. The paper's linear schedule begins at 157 and is guided throughout; a cosine one begins at 80,000.
+LARGEST_GUIDED_SIGMA = 160.0
 
 
 @dataclass(frozen=True)
@@ -32,10 +36,10 @@ class Predictor:
         """The prediction at a step of the (respaced) process: for any sampler.
 
         With a score, eps - sigma * score takes the place of eps (algorithm 2), and x_0 and the mean follow from it:
-        that x_0 may leave the range again.
+        that x_0 may leave the range again. Above LARGEST_GUIDED_SIGMA it is left out.
         """
         prediction, t, time = self._bare(x, step)
-        if self.score is None:
+        if self.score is None or self.diffusion.schedule.level(step).scaled_sigma > LARGEST_GUIDED_SIGMA:
             return prediction
         _, sigma = self.diffusion.signal_and_noise(t, x)
         x0, eps = self.diffusion.x0_and_eps("eps", prediction.eps - sigma * self.score(x, time), x, t)
