@@ -26,7 +26,6 @@ from pydantic import (
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.files import write_atomic
-from trainer.diffusion.low_res_noise import LowResNoise
 from trainer.diffusion.respacing import count_timesteps
 from trainer.diffusion_config import DiffusionConfig
 from trainer.ema_rules import SIGMA_REL_BOUND, DecayRule, Exponential, PowerProfile
@@ -247,19 +246,21 @@ class RunConfig(Section):
         noise = self.model.low_res_noise
         if noise is None:
             return None
-        own = self.diffusion
-        change = {"num_timesteps": noise.num_timesteps or own.num_timesteps, "schedule": noise.schedule or own.schedule}
-        return own.model_copy(update=change)
+        tree = self.diffusion.model_dump()
+        tree |= {key: value for key in ("num_timesteps", "schedule") if (value := getattr(noise, key)) is not None}
+        if tree["schedule"] != "sigmoid":
+            tree = {key: value for key, value in tree.items() if not key.startswith("sigmoid_")}
+        return DiffusionConfig.model_validate(tree)
 
     @model_validator(mode="after")
     def _low_res_noise_is_of_a_process(self) -> RunConfig:
-        noise, process = self.model.low_res_noise, self.low_res_process
+        noise = self.model.low_res_noise
+        try:
+            process = self.low_res_process
+        except ValidationError as error:
+            raise ValueError(f"model.low_res_noise: {error.errors()[0]['ctx']['error']}") from None
         if noise is None or process is None:
             return self
-        try:
-            LowResNoise.create(process)
-        except ConfigError as error:
-            raise ValueError(f"model.low_res_noise: {error}") from None
         if noise.max_step >= process.num_timesteps:
             raise ValueError(
                 f"model.low_res_noise.max_step={noise.max_step}: the process has {process.num_timesteps} steps; use 1 "

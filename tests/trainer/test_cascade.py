@@ -236,7 +236,7 @@ def test_truncation_reaches_a_step_that_is_visited(tiny_config: Path) -> None:
         (["model.low_res_size=8", "model.low_res_noise.max_step=100"], ["max_step=100", "99"]),
         (["model.low_res_size=8", "model.low_res_noise.max_step=0"], ["model.low_res_noise.max_step=0"]),
         (["model.low_res_size=8", "model.low_res_noise={max_step: 5, num_timesteps: 20, schedule: linear}"],
-         ["model.low_res_noise", "20"]),
+         ["model.low_res_noise: diffusion.num_timesteps=20 is too few"]),
         (["model.low_res_size=8", "train.sample_grid={num_images: 4, low_res_noise: 3}"],
          ["train.sample_grid.low_res_noise=3", "max_step"]),
         (["model.low_res_size=8", NOISY,
@@ -260,6 +260,12 @@ def test_the_process_of_the_noise_is_the_runs_own_unless_said(tiny_config: Path)
     ).low_res_process
     assert other is not None
     assert (other.num_timesteps, other.schedule) == (200, "linear")
+    shape = ["diffusion.schedule=sigmoid", "diffusion.sigmoid_start=0", "diffusion.sigmoid_tau=0.5"]
+    kept = load_config(tiny_config, [*LARGE, NOISY, *shape, "model.low_res_noise.num_timesteps=200"]).low_res_process
+    assert kept is not None
+    assert kept.schedule_shape == {"start": 0, "end": 3, "tau": 0.5}
+    unshaped = load_config(tiny_config, [*LARGE, NOISY, *shape, "model.low_res_noise.schedule=cosine"])
+    assert unshaped.low_res_process == own.diffusion  # its own shape has no part in a cosine
     assert load_config(tiny_config, LARGE).low_res_process is None
 
 
