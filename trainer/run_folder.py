@@ -170,20 +170,26 @@ def _may_change(section: str, config: RunConfig) -> set[str]:
     return keys if config.train.lr_decay == "none" else keys - {"budget_images", "budget_flops"}
 
 
-def check_same_run(old: RunConfig, new: RunConfig, path: Path) -> None:
-    """Raises ConfigError, naming each setting, where `new` would not continue the run of `old` in `path`."""
+def _differing(old: RunConfig, new: RunConfig) -> list[str]:
+    """The settings that differ and may not, as `section.key: before -> after`."""
     before, after = old.model_dump(mode="json"), new.model_dump(mode="json")
     differing = []
-    for section, value in after.items():
-        if section in _MAY_CHANGE:
-            continue
-        if not isinstance(value, dict):
-            if value != before[section]:
-                differing.append(f"{section}: {before[section]} -> {value}")
-            continue
-        for key, new_value in value.items():
-            if key not in _may_change(section, new) and new_value != before[section][key]:
-                differing.append(f"{section}.{key}: {before[section][key]} -> {new_value}")
+    for section in (name for name in after if name not in _MAY_CHANGE):
+        if not isinstance(after[section], dict):
+            pairs = {section: (before[section], after[section])}
+        else:
+            keys = [key for key in before[section] | after[section] if key not in _may_change(section, new)]
+            pairs = {f"{section}.{key}": (before[section].get(key), after[section].get(key)) for key in keys}
+        differing += [f"{key}: {was} -> {now}" for key, (was, now) in pairs.items() if was != now]
+    return differing
+
+
+def check_same_run(old: RunConfig, new: RunConfig, path: Path) -> None:
+    """Raises ConfigError, naming each setting, where `new` would not continue the run of `old` in `path`."""
+    if old.model.name != new.model.name:  # another network: what else differs follows from it
+        differing = [f"model.name: {old.model.name} -> {new.model.name}"]
+    else:
+        differing = _differing(old, new)
     if differing:
         raise ConfigError(
             f"{path} holds a run with other settings:\n  " + "\n  ".join(differing)

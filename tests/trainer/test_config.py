@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+from itertools import permutations
 from pathlib import Path
 
 import pytest
@@ -13,6 +16,13 @@ from trainer.run_folder import check_same_run
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = sorted((ROOT / "configs" / "runs").rglob("*.yaml"))
+
+
+@pytest.mark.parametrize("module", ["trainer.config", "cluster.definition.spec"])
+def test_reading_a_config_takes_no_torch(module: str) -> None:
+    """Commands that only read one answer at once."""
+    code = f"import sys, {module}; assert 'torch' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=60)
 
 
 @pytest.mark.parametrize("path", RUNS, ids=lambda p: str(p.relative_to(ROOT / "configs")))
@@ -141,6 +151,24 @@ def test_configs_written_before_keys_had_their_names(tiny_config: Path, tmp_path
         assert load_config(tmp_path / "old.yaml").train.sample_grid.respacing == respacing
     old = load_config(tmp_path / "old.yaml")
     check_same_run(old, load_config(tiny_config), tmp_path)  # it can be continued
+
+
+NETWORKS = {
+    "unet": ("model.name=unet",),
+    "dit": ("model={name: dit, image_size: 16, patch_size: 4, depth: 2, width: 32, num_heads: 2}",),
+    "classifier": CLASSIFIER,
+}
+
+
+@pytest.mark.parametrize(("before", "after"), permutations(NETWORKS, 2))
+def test_a_run_goes_on_with_no_other_network(tiny_config: Path, before: str, after: str) -> None:
+    old, new = (load_config(tiny_config, NETWORKS[name]) for name in (before, after))
+    with pytest.raises(ConfigError) as caught:
+        check_same_run(old, new, Path("runs/old"))
+    lines = str(caught.value).splitlines()
+    assert lines[0] == "runs/old holds a run with other settings:"
+    assert lines[1:-1] == [f"  model.name: {before} -> {after}"]  # which says all that follows from it
+    assert "choose another run.folder" in lines[-1]
 
 
 def save_and_read(config: RunConfig, path: Path) -> str:
