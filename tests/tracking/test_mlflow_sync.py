@@ -22,7 +22,15 @@ from trainer.tracking.mlflow_pages import experiment_pages
 from trainer.tracking.mlflow_store import Tracker, connect, require_answer, search_runs
 from trainer.tracking.mlflow_study import NOTE_TAG, sync_law
 from trainer.tracking.mlflow_sync import sync_folder, sync_run
-from trainer.tracking.points import LawRun, eval_points, flatten, load_law_runs, save_law_runs, train_points
+from trainer.tracking.points import (
+    LONGEST_KEY,
+    LawRun,
+    eval_points,
+    flatten,
+    load_law_runs,
+    save_law_runs,
+    train_points,
+)
 from trainer.tracking.records import EvalRecord, Place, TrainRecord, read_new_train_records
 from trainer.tracking.uri import redact
 
@@ -288,6 +296,33 @@ def test_flatten_leaves_out_what_may_hold_credentials() -> None:
 def test_of_two_evaluations_at_one_point_the_latest_counts() -> None:
     points = eval_points([eval_record(100, time=900.0, value=2.0), eval_record(100, time=100.0, value=9.0)])
     assert points["nll/test", 100][-1].value == pytest.approx(3.0)
+
+
+def test_names_of_guided_samples_fit_into_the_store(run: Path, tracker: Tracker, database: Path) -> None:
+    """They name the classifier by its first digits; one that is too long all the same is cut, and stays apart."""
+    usual = {"sampler": "ddim", "respacing": "50", "guidance": 1.0, "eta": 0.0, "weights": "ema"}
+    guided = {"sampler": "dpmpp_2m", "respacing": "logsnr20", "classifier_sha256": "1234567890abcdef" * 4,
+              "classifier_config_sha256": "fedcba0987654321" * 4, "classifier_scale": 4.0}  # fmt: skip
+    ways = [{}, guided, *({"weights": letter, "notes": "long" * 60 + letter} for letter in "ab")]
+    for number, way in enumerate(ways):
+        record = dataclasses.replace(
+            eval_record(200, value=float(number)), metric="fd_efflite0", n=50_000 if number else 2048,
+            measured={**usual, **way}, time=600.0 + number,
+        )  # fmt: skip
+        write_eval(run, record, key=f"fd{number}")
+    sync_run(run, tracker)
+    found = {key: value for key, step, value in rows(database) if key.startswith("fd_") and step == 200}
+    names = [key for key in found if not key.endswith("_stderr")]
+    words = "classifier 12345678 - classifier_scale 4.0 - n 50000 - respacing logsnr20 - sampler dpmpp_2m"
+    assert {"fd_efflite0/test", f"fd_efflite0/test - {words}"} < set(names)
+    cut = [name for name in names if len(name) == LONGEST_KEY]
+    assert len(names) == 4
+    assert len({name[:-8] for name in cut}) == 1
+    assert len(cut) == 2
+    before = rows(database)
+    (run / tracker.cursor_name).unlink()
+    sync_run(run, tracker)
+    assert rows(database) == before
 
 
 def test_infinity_is_not_drawn() -> None:

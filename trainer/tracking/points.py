@@ -11,6 +11,7 @@ over steps only, and the scaling curve is wanted on log-log axes.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import re
@@ -30,6 +31,7 @@ COMPUTE = "compute"
 STDERR = "_stderr"
 BY_COMPUTE = " by GFLOP"
 LAW_FILE = "law_runs.json"
+LONGEST_KEY = 234  # of an evaluation: MLflow takes 250 characters, and the prefix of its tag is 16
 EXPERIMENT_FILE = "experiment.json"  # of a study: the tags of its experiment, saved views among them
 
 
@@ -123,6 +125,8 @@ _USUAL_NLL = {
 }  # fmt: skip
 
 
+# Too long for a name. A classifier is named by its first digits, as in tables.
+_HASHES = ("feature_weights_sha256", "reference", "train_data", "classifier_sha256", "classifier_config_sha256")
 # What records of samples leave unsaid where it is so (`SamplingConfig.said`).
 _UNSAID = {"threshold": "static", "corrector_steps": 0}
 
@@ -131,16 +135,25 @@ def _way(record: EvalRecord) -> dict[str, Any]:
     """What tells an evaluation from another one of the same metric and split."""
     if record.metric == "nll":
         return {name: record.measured.get(name, usual) for name, usual in _USUAL_NLL.items()}
-    hashes = ("feature_weights_sha256", "reference", "train_data")
-    return _UNSAID | {k: v for k, v in record.measured.items() if k not in hashes} | {"n": record.n}
+    said = {k: v for k, v in record.measured.items() if k not in _HASHES}
+    if "classifier_sha256" in record.measured:
+        said["classifier"] = record.measured["classifier_sha256"][:8]
+    return _UNSAID | said | {"n": record.n}
 
 
 def _eval_key(record: EvalRecord, first: dict[str, Any]) -> str:
-    """`nll/test`; what was measured in another way than usual says so: `nll/test - mode exact`, `... - n 50000`."""
+    """`nll/test`; what was measured in another way than usual says so: `nll/test - mode exact`, `... - n 50000`.
+
+    A key that is too long for a tracker is cut, and ends in a hash of the whole.
+    """
     usual = _USUAL_NLL if record.metric == "nll" else first
     own = _way(record)
     unusual = [f"{k} {own.get(k)}" for k in sorted(own.keys() | usual.keys()) if own.get(k) != usual.get(k)]
-    return " - ".join([f"{record.metric}/{record.split}", *(re.sub(r"[^\w./ -]", "_", word) for word in unusual)])
+    key = " - ".join([f"{record.metric}/{record.split}", *(re.sub(r"[^\w./ -]", "_", word) for word in unusual)])
+    if len(key) <= LONGEST_KEY:
+        return key
+    digits = hashlib.sha256(key.encode()).hexdigest()[:8]
+    return f"{key[: LONGEST_KEY - len(digits) - 3]} - {digits}"
 
 
 def law_points(law: LawRun) -> Iterator[Point]:
