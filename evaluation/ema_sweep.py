@@ -7,7 +7,8 @@
     python -m evaluation.ema_sweep RUN
 
 Takes every average of power profile that was evaluated at one moment, tracked ones too; those measured in the same way
-are a curve. The figure goes to RUN/evals/<images seen>/ema_sweep.png or to --out.
+are a curve. Of a length that was both tracked and reconstructed the tracked one counts, which is exact. The figure goes
+to RUN/evals/<images seen>/ema_sweep.png or to --out.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from data_pipeline.errors import UserError, run_cli
 from evaluation.report.ema_chart import Point, ema_chart
 from evaluation.report.figures import draw, save_figure
+from evaluation.report.tables import reconstruction
 from evaluation.report.text_table import Table
 from trainer.ema_rules import PowerProfile
 from trainer.tracking.records import EvalRecord, read_eval_records
@@ -28,7 +30,7 @@ from trainer.tracking.records import EvalRecord, read_eval_records
 def curves(records: list[EvalRecord], at: int) -> list[list[Point]]:
     """What was measured at `at` images, by metric and way, each in order of length; single points are left out."""
     found: dict[str, dict[float, EvalRecord]] = defaultdict(dict)
-    for record in records:
+    for record in sorted(records, key=lambda r: r.reconstructed is None):  # tracked ones come last, and so count
         profile = PowerProfile.from_name(str(record.measured.get("weights")))
         if record.nimg == at and profile is not None:
             way = {key: value for key, value in record.way.items() if key != "weights"}
@@ -45,8 +47,9 @@ def sweep_table(found: list[list[Point]]) -> str:
         for sigma_rel, record in curve:
             stderr = "" if record.stderr is None else f"± {record.stderr:.4f}"
             mark = "lowest" if record.value == best else ""
-            rows.append([record.metric, record.split, f"{sigma_rel:g}", f"{record.value:.5g}", stderr, mark])
-    return str(Table(["metric", "split", "sigma_rel", "value", "", ""], rows, left=(0, 1, 4, 5)))
+            words = [record.metric, record.split, f"{sigma_rel:g}", f"{record.value:.5g}", stderr]
+            rows.append([*words, reconstruction(record), mark])
+    return str(Table(["metric", "split", "sigma_rel", "value", "", "", ""], rows, left=(0, 1, 4, 5, 6)))
 
 
 def main() -> int:

@@ -209,6 +209,8 @@ class Evaluation:
         info, weights = self.subject.export.info, self.request.weights
         ensemble = self.request.ensemble
         both = {} if ensemble is None else {"ensemble_below": ensemble.below}
+        made = self.subject.export.reconstruction(weights)
+        origin = {} if made is None else {"reconstructed": made}
         return EvalRecord(
             metric=metric,
             split=self.dataset.manifest.split,
@@ -217,7 +219,7 @@ class Evaluation:
             n=n,
             seeds=seeds,
             measured={**measured, "weights": weights, **both},
-            details=found.details | (extra or {}) | {"computed_on": computed_on(self.subject.device)},
+            details=found.details | (extra or {}) | origin | {"computed_on": computed_on(self.subject.device)},
             data=self.dataset.manifest.fingerprint,
             weights=self.subject.sha256,
             run=info["run"],

@@ -35,6 +35,11 @@ class Export:
     weights_sha256: dict[Weights, str]  # of every kind of weights that it holds: one may be absent if it was imported
     config_sha256: str  # of config.yaml
 
+    def reconstruction(self, weights: Weights) -> dict[str, Any] | None:
+        """Of an average made after training the error of its profile and the number of snapshots; None of others."""
+        found: dict[str, Any] | None = self.info.get("reconstructed", {}).get(weights)
+        return found
+
     def tensors(self, weights: Weights) -> dict[str, Tensor]:
         """The averaged or the bare weights by parameter name, on the CPU. Raises UserError where it has them not."""
         self.check_holds(weights)

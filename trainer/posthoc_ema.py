@@ -44,6 +44,10 @@ class Snapshots:
     def step(self) -> int:
         return max(s.step for s in self.stored)
 
+    @property
+    def num_moments(self) -> int:
+        return len({s.step for s in self.stored})
+
     def fit(self, target: Target) -> Fit:
         """The sum of the stored averages that is nearest to an average."""
         if isinstance(target, PowerProfile):
@@ -91,6 +95,7 @@ def reconstruct(
 ) -> dict[Weights, Fit]:
     """Write the export `out` of these averages, by name; the ones that it has already stay. Returns their fits.
 
+    Its export.json says in `reconstructed`, by name, how far the profile is off and from how many snapshots it is.
     In memory is one parameter of one snapshot and its sum so far, in float64. Raises UserError where the profile of
     one is further than `max_error` from what the snapshots can make.
     """
@@ -109,24 +114,29 @@ def reconstruct(
         shapes = {name: tuple(files[0].get_slice(name).get_shape()) for name in files[0].keys()}  # noqa: SIM118
         bar = stack.enter_context(progress_bar(total=len(fits) * len(shapes), unit="tensor", description="averages"))
         weights: dict[Weights, Callable[[str], Tensor]] = {}
-        for kind in _kinds_in(out, last):
+        there = _earlier(out, last)
+        for kind in there.weights_sha256 if there is not None else ():
             weights[kind] = stack.enter_context(safe_open(out / f"{kind}{SUFFIX}", framework="pt")).get_tensor
         weights |= {kind: partial(_weighted_sum, files, fit.factors.tolist(), bar) for kind, fit in fits.items()}
         text = (last.path / "config.yaml").read_bytes()
-        save_export(out, weights, shapes, config=text, info=last.info)
+        made = {
+            kind: {"profile_error": fit.error, "num_snapshots": snapshots.num_moments} for kind, fit in fits.items()
+        }
+        earlier = there.info.get("reconstructed", {}) if there is not None else {}
+        save_export(out, weights, shapes, config=text, info=last.info | {"reconstructed": earlier | made})
     return fits
 
 
-def _kinds_in(out: Path, last: Export) -> list[Weights]:
-    """The averages that an earlier reconstruction at the same moment of the same run left in `out`."""
+def _earlier(out: Path, last: Export) -> Export | None:
+    """What an earlier reconstruction at the same moment of the same run left in `out`."""
     if not out.exists():
-        return []
+        return None
     there = open_export(out)
     if (there.info["run"], there.info["nimg"]) != (last.info["run"], last.info["nimg"]):
         raise UserError(f"{out} is another run's export, or of another moment; choose another --out.")
     if there.config_sha256 != last.config_sha256:
         raise UserError(f"{out} was made under other settings of the run; remove it, or choose another --out.")
-    return list(there.weights_sha256)
+    return there
 
 
 def _weighted_sum(files: Sequence[Any], factors: Sequence[float], bar: Any, name: str) -> Tensor:

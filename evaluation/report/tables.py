@@ -155,9 +155,16 @@ def _how(record: EvalRecord) -> str:
         words += [] if floor is None else [f"real against real {floor:.4g}"]
     words += _sampling_words(m) if record.metric != "nll" else []
     words += [f"weights {m.get('weights')}"] if m.get("weights") != "ema" else []
+    words += [reconstruction(record)] if record.reconstructed else []
     words += [f"ensemble below {m['ensemble_below']}"] if "ensemble_below" in m else []
     words += [f"seed {record.seeds[0]}"] if record.seeds and record.seeds[0] else []
     return "; ".join([*words, *details.get("notes", [])])
+
+
+def reconstruction(record: EvalRecord) -> str:
+    """How an average of the weights came about, where it was made after training."""
+    found = record.reconstructed
+    return "" if found is None else f"reconstructed, profile error {found['profile_error']:.2g}"
 
 
 def _sampling_words(measured: Mapping[str, Any]) -> list[str]:

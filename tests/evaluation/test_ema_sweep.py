@@ -31,6 +31,17 @@ def test_only_what_was_measured_in_the_same_way_is_a_curve() -> None:
     assert [line.split()[2] for line in lines if line.endswith("lowest")] == ["0.07"]
 
 
+def test_a_tracked_average_counts_before_a_reconstructed_one_of_its_length() -> None:
+    made = replace(measured("power_0.05", 2.0), details={"reconstructed": {"profile_error": 0.223, "num_snapshots": 6}})
+    for records in ([*RECORDS, made], [made, *RECORDS]):
+        [curve] = curves(records, 64)
+        assert [record.value for _, record in curve] == [4.0, 3.0, 5.0]
+    [curve] = curves([made, *(r for r in RECORDS if r.measured["weights"] != "power_0.05")], 64)
+    first, second = sweep_table([curve]).splitlines()[2:4]
+    assert "reconstructed, profile error 0.22" in first
+    assert "reconstructed" not in second
+
+
 def test_the_command_draws_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -27,6 +27,7 @@ from evaluation.evaluate import evaluate, evaluate_to, main
 from evaluation.measure import over_repeats
 from evaluation.nll.settings import NllSettings
 from evaluation.quality import Measured
+from evaluation.report.tables import metrics_table
 from evaluation.request import EvalRequest
 from evaluation.results import artifacts_of, chunks_of, key_of, result_path, write_records
 from evaluation.subject import identity_in_manifest, open_subject, weights_identity
@@ -87,6 +88,20 @@ def test_equal_weights_under_another_config_are_another_network(tiny_config: Pat
     assert weights_identity(first, "ema") != weights_identity(second, "ema")
     files = json.loads((first.path / "manifest.json").read_text())["files"]
     assert identity_in_manifest(files, "ema") == weights_identity(first, "ema")
+
+
+def test_records_say_that_an_average_was_made_after_training(made: Path, generated_data: Path) -> None:
+    tracked = open_export(made / "exports" / "000000000048")
+    origin = {"profile_error": 0.22, "num_snapshots": 6}
+    export = dataclasses.replace(tracked, info=tracked.info | {"reconstructed": {"ema": origin}})
+    request = EvalRequest(data=generated_data / "test", nll=FEW)
+    said = [
+        evaluate(export, dataclasses.replace(request, weights=weights), progress=False)[0]
+        for weights in ("ema", "model")
+    ]
+    assert [record.reconstructed for record in said] == [origin, None]
+    assert ["reconstructed, profile error 0.22" in metrics_table([record]) for record in said] == [True, False]
+    assert said[0].measured == evaluate(tracked, request, progress=False)[0].measured
 
 
 # What the value of a metric depends on, and what it does not, each changed from `EvalRequest`'s default.

@@ -80,7 +80,8 @@ def test_the_export_holds_the_fitted_sums(run: Path, tmp_path: Path) -> None:
         assert torch.allclose(tensor.double(), expected, rtol=1e-6, atol=1e-9)
     tracked = open_export(run / "exports" / END).tensors("power_0.1")
     assert all(torch.allclose(t, tracked[key], rtol=1e-5, atol=1e-7) for key, t in made.tensors("power_0.1").items())
-    assert made.info == open_export(run / "exports" / END).info
+    said = {name: {"profile_error": fit.error, "num_snapshots": 6} for name, fit in fits.items()}
+    assert made.info == open_export(run / "exports" / END).info | {"reconstructed": said}
 
 
 def test_the_command_adds_to_what_is_there(
@@ -94,6 +95,8 @@ def test_the_command_adds_to_what_is_there(
     after = open_export(out).weights_sha256
     assert list(after) == ["power_0.06", "power_0.08", "power_0.07", "ema_0.5"]
     assert first.items() <= after.items()
+    assert [*open_export(out).info["reconstructed"]] == list(after)
+    assert open_export(out).reconstruction("ema_0.5")["num_snapshots"] == 6
     command(monkeypatch, copied, "--sigma-rel", 0.07, "--at", 24)
     assert open_export(copied / "posthoc_ema" / "000000000024").info["nimg"] == 24
     with pytest.raises(UserError, match=r"another run's export, or of another moment"):

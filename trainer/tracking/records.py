@@ -59,6 +59,11 @@ class EvalRecord:
         """What exactly was measured. Distances depend on N, so N is part of it."""
         return self.measured if self.metric == "nll" else self.measured | {"n": self.n}
 
+    @property
+    def reconstructed(self) -> dict[str, Any] | None:
+        """Of weights that are an average made after training its `profile_error` and `num_snapshots`; else None."""
+        return self.details.get("reconstructed")
+
     def to_json(self) -> dict[str, Any]:
         return dataclasses.asdict(self)
 
