@@ -147,6 +147,7 @@ def _how(record: EvalRecord) -> str:
         words += [f"{details['num_images']:,} images"] if m.get("mode") == "exact" and "num_images" in details else []
     elif record.metric in ("accuracy", "top5_accuracy", "cross_entropy"):
         words = [f"noisy images, {m.get('t')} t of {m.get('num_timesteps')} {m.get('schedule')} steps"]
+        words += [f"from {m['start']:g} to {m['end']:g}, tau {m['tau']:g}"] if "tau" in m else []
     elif record.metric == "memorisation":
         words = [f"{m.get('sampler')} {m.get('respacing')}, median of the nearest in pixels"]
     else:

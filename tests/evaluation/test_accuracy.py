@@ -17,6 +17,7 @@ from evaluation.accuracy import Accuracy, Calls
 from evaluation.chunks import Chunks, FinishedElsewhere, Shard
 from evaluation.evaluate import evaluate, evaluate_to
 from evaluation.paired import main as paired
+from evaluation.report.tables import metrics_table
 from evaluation.request import EvalRequest
 from trainer.diffusion.gaussian import GaussianDiffusion
 from trainer.export import open_export
@@ -62,6 +63,13 @@ def test_values_are_those_of_plain_counting(classifier: Path, generated_data: Pa
         assert by_t["count"].tolist() == [10] * 20
         assert by_t["accuracy"][4] == pytest.approx(float(right[(t >= 20) & (t < 25)].mean()))
     assert (tmp_path / "accuracy_per_t.png").stat().st_size > 0
+
+
+def test_tables_name_the_shape_of_a_sigmoid(tiny_config: Path, generated_data: Path, tmp_path: Path) -> None:
+    sigmoid = make_stage(tiny_config, *CLASSIFIER, "diffusion.schedule=sigmoid", "diffusion.sigmoid_tau=0.9")
+    request = EvalRequest(data=generated_data / "test", metrics=("accuracy",), accuracy_calls=4)
+    records = evaluate(make_export(tmp_path / "000000000008", sigmoid), request, progress=False)
+    assert metrics_table(records).count("uniform t of 100 sigmoid steps; from -3 to 3, tau 0.9") == 2
 
 
 def test_ranges_without_a_call_say_so() -> None:
