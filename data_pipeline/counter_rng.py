@@ -21,7 +21,10 @@ CHUNK = 16
 
 
 class Stream(IntEnum):
-    """One independent stream of numbers per purpose; the values are part of the format, never reuse one."""
+    """One independent stream of numbers per purpose; the values are part of the format, never reuse one.
+
+    5 was class dropout's, drawn in another way; 14 and 15 have never been drawn from.
+    """
 
     ORDER = 1
     FLIP = 2

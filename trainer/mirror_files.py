@@ -1,7 +1,8 @@
 """What of a run or study folder is mirrored, in which order, and what of it the mirror is known to have.
 
 Names are paths below the folder, with slashes. Folders of images seen under those of `_SEALED_IN` are sealed: they
-are complete if they hold a manifest, and never change. All other files are plain.
+are complete if they hold a manifest, and change, if ever, as a whole: each call of `trainer.posthoc_ema` replaces a
+folder of its own by one with more averages and another manifest. All other files are plain.
 """
 
 from __future__ import annotations

@@ -42,17 +42,17 @@ class SamplingConfig(Section):
     corrector_steps: int = Field(0, ge=0)  # Langevin steps wherever the sampler arrives
     corrector_snr: float | None = Field(None, gt=0, allow_inf_nan=False)  # of each such step; 0.16 is usual
 
-    def said(self) -> dict[str, Any]:
-        """What a record says of how samples were made, and keys are made of, but for a classifier that guided."""
-        fields = SamplingConfig.model_fields
-        values = {name: getattr(self, name) for name in fields if name not in _OF_A_CLASSIFIER}
-        return {k: v for k, v in values.items() if k in _ALWAYS_SAID or v != fields[k].default}
-
     # How noisy the images are made that a super-resolution network enlarges: a step s of the stage below's process, for
     # networks with `model.low_res_noise`. And how that comes about: finished images are noised again, or the stage
     # below ends at its step s (trainer/cascade.py).
     low_res_noise: int = Field(0, ge=0)
     augmentation: Literal["non_truncated", "truncated"] = "non_truncated"
+
+    def said(self) -> dict[str, Any]:
+        """What a record says of how samples were made, and keys are made of, but for a classifier that guided."""
+        fields = SamplingConfig.model_fields
+        values = {name: getattr(self, name) for name in fields if name not in _OF_A_CLASSIFIER}
+        return {k: v for k, v in values.items() if k in _ALWAYS_SAID or v != fields[k].default}
 
     @model_validator(mode="before")
     @classmethod

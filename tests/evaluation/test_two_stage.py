@@ -17,7 +17,7 @@ def run(*command: object) -> None:
 
 
 TWO_STAGES = [("imagenet64/class_conditional", 64), ("imagenet256/upsampler", 256)]
-THREE_STAGES = [("imagenet64/cdm_32", 32), ("imagenet64/cdm_32_64", 64), ("imagenet256/cdm_64_256", 256)]
+THREE_STAGES = [("imagenet32/cdm", 32), ("imagenet64/cdm_32_64", 64), ("imagenet256/cdm_64_256", 256)]
 NOISE = ["--low-res-noise", 1000, "--low-res-noise", 500, "--augmentation", "truncated"]
 
 

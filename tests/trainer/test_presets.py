@@ -18,7 +18,7 @@ from trainer.sampling_config import SamplingConfig
 K = 1000
 NOT_PUBLISHED = {
     *(f"cifar10/cascade_{stage}" for stage in ("8", "8_16", "16_32")),
-    "imagenet64/cdm_32",
+    "imagenet32/cdm",
     "imagenet64/cdm_32_64",
     "imagenet256/cdm_64_256",
     "cifar10/adm_small",
@@ -186,7 +186,7 @@ def test_an_unknown_preset_lists_the_close_ones() -> None:
     "stages",
     [
         ("cifar10/cascade_8", "cifar10/cascade_8_16", "cifar10/cascade_16_32"),
-        ("imagenet64/cdm_32", "imagenet64/cdm_32_64", "imagenet256/cdm_64_256"),
+        ("imagenet32/cdm", "imagenet64/cdm_32_64", "imagenet256/cdm_64_256"),
         ("imagenet64/class_conditional", "imagenet256/cdm_64_256"),
     ],
     ids=lambda stages: stages[-1],
