@@ -249,6 +249,10 @@ def main() -> int:
     place.remove_chunks()
     size = request.image_size
     print(f"{len(request.numbers)} images of {size}x{size} px: {place.out}, {place.files[1]}")
+    for number, step in enumerate(request.reached_steps(), start=1):
+        if step is not None:
+            asked = request.samplings[number - 1].low_res_noise
+            print(f"stage {number} was given images as noisy as step {step}, the first from {asked} on that is visited")
     return 0
 
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from data_pipeline.files import sha256_file
 from data_pipeline.manifest import SAMPLES, SourceInfo
+from trainer.cascade import steps_reached
 from trainer.export import Export, Weights
 from trainer.guiding import samples_said
 from trainer.sampling_config import SamplingConfig
@@ -46,6 +47,10 @@ class Request:
     def image_size(self) -> int:
         return self.exports[-1].config.model.image_size
 
+    def reached_steps(self) -> list[int | None]:
+        """For each stage that truncates the one below it, the step at which that ends; None for the others."""
+        return steps_reached([export.config for export in self.exports], self.samplings)
+
     def options(self) -> dict[str, str | int | float | bool]:
         """All that decides the images, as far as words go: equal options, equal images."""
         options: dict[str, str | int | float | bool] = {
@@ -68,6 +73,7 @@ class Request:
     def account(self, options: dict[str, Any], key: str) -> dict[str, Any]:
         """What was made, of what, and how."""
         samplings = [s.model_dump(mode="json") for s in self.samplings]
+        reached = self.reached_steps()
         return {
             "key": key,
             "first": self.numbers.start,
@@ -75,6 +81,7 @@ class Request:
             "seed": self.seed,
             "batch": self.batch,
             **{name: [s[name] for s in samplings] for name in samplings[0]},
+            **({"reached_step": reached} if any(reached) else {}),
             "base": str(self.base_path) if self.base_path else None,
             "weights": self.weights,
             "exports": [

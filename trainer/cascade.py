@@ -87,6 +87,18 @@ def step_reached(diffusion: DiffusionConfig, sampling: SamplingConfig, stop: int
     return int(schedule.timestep_map[schedule.last_step(stop)])
 
 
+def steps_reached(configs: Sequence[RunConfig], samplings: Sequence[SamplingConfig]) -> list[int | None]:
+    """For each stage the step at which the one below it ends, and which it is told; None where it does not truncate.
+
+    Raises ConfigError as `step_reached`.
+    """
+    ends = [
+        step_reached(config.diffusion, sampling, stop) if stop else None
+        for config, sampling, stop in zip(configs, samplings, stops(samplings), strict=True)
+    ]
+    return [None, *ends[:-1]]
+
+
 def total_calls(stages: Sequence[Stage]) -> int:
     """Network calls a sample, of all stages."""
     ends = stops([stage.sampling for stage in stages])

@@ -529,7 +529,7 @@ def noisy_exports(tiny_config: Path, tmp_path_factory: pytest.TempPathFactory) -
 
 
 def test_three_stages_with_noise_are_the_same_on_any_number_of_processes(
-    noisy_exports: list[Path], tmp_path: Path
+    noisy_exports: list[Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     given = (*noisy_exports, "--num", 6, "--batch", 2, "--respacing", 8, "--augmentation", "truncated",
              "--augmentation", "non_truncated", "--low-res-noise", 40, "--low-res-noise", 20)  # fmt: skip
@@ -541,6 +541,10 @@ def test_three_stages_with_noise_are_the_same_on_any_number_of_processes(
     account = json.loads((tmp_path / "one.json").read_text())
     assert account["low_res_noise"] == [0, 40, 20]
     assert account["augmentation"] == ["non_truncated", "truncated", "non_truncated"]
+    assert account["reached_step"] == [None, 42, None]  # of 0, 14, 28, 42, ... 99, the first that is not below 40
+    assert (
+        "stage 2 was given images as noisy as step 42, the first from 40 on that is visited" in capsys.readouterr().out
+    )
     options = account["options"]
     assert (options["stage2.low_res_noise"], options["stage2.augmentation"]) == (40, "truncated")
     assert options["stage3.low_res_noise"] == 20
@@ -557,6 +561,7 @@ def test_noise_without_truncation_goes_through_files_as_well(noisy_exports: list
     run(base, middle, *common, "--low-res-noise", 30, "--out", tmp_path / "both.npz")
     run(base, *common, "--out", tmp_path / "small.npz")
     run(middle, "--base", tmp_path / "small.npz", *common, "--low-res-noise", 30, "--out", tmp_path / "later.npz")
+    assert "reached_step" not in json.loads((tmp_path / "both.json").read_text())  # it is 30, as asked
     with np.load(tmp_path / "both.npz") as both, np.load(tmp_path / "later.npz") as later:
         assert np.array_equal(both["arr_0"], later["arr_0"])
 
