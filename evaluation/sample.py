@@ -23,7 +23,7 @@ import argparse
 from collections.abc import Iterator, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,18 +38,16 @@ from evaluation.sample_files import Images, read_samples, write_npz, write_split
 from evaluation.sample_place import Place
 from evaluation.sample_request import Request
 from evaluation.sampling_job import sample_chunks
-from evaluation.sampling_options import RESPACINGS, add_sampling_options, sampling_of
+from evaluation.sampling_options import add_sampling_options
+from evaluation.stage_options import add_stage_options, samplings_of
 from trainer.cascade import check_augmentation, check_cascade
-from trainer.diffusion.respacing import count_timesteps
-from trainer.export import Export, open_export
+from trainer.export import open_export
 from trainer.grid import save_grid
 from trainer.guiding import check_guide, guiding_classes
 from trainer.sampling import Stage, check_guidance
-from trainer.sampling_config import SamplingConfig
 
 GRID_IMAGES = 64
 MAX_IMAGES = 100_000_000  # their list of chunks and of classes still fits in memory
-T = TypeVar("T")
 
 
 def _request(a: argparse.Namespace) -> Request:
@@ -61,7 +59,7 @@ def _request(a: argparse.Namespace) -> Request:
     base, base_labels = (None, None) if a.base is None else read_samples(a.base)
     numbers = _rows(a, 0 if base is None else len(base))
     rows = slice(numbers.start, numbers.stop)
-    samplings = _samplings(exports, a)
+    samplings = samplings_of(a, exports)
     # Whether some stage hears classes, or a classifier that guides it: without guidance's zero, all that know any do.
     num_classes = max(
         (config.model.num_classes if sampling.guidance else 0) or guiding_classes(sampling)
@@ -83,55 +81,6 @@ def _request(a: argparse.Namespace) -> Request:
         check_guide(config, sampling, labels)
     base = None if base is None else base[rows]
     return Request(exports, samplings, a.weights, numbers, labels, num_classes, base, a.base, a.seed, a.batch)
-
-
-def _samplings(exports: Sequence[Export], a: argparse.Namespace) -> list[SamplingConfig]:
-    """How each export is sampled. Raises UserError for steps that its process has not."""
-    respacings = _for_each("--respacing", a.respacing or ["50"], len(exports))
-    guidances = _for_each("--guidance", a.guidance or [1.0], len(exports))
-    guides = _guides(a, len(exports))
-    samplings = []
-    for export, respacing, guidance, noise, guide in zip(
-        exports, respacings, guidances, _noises(a), guides, strict=True
-    ):
-        samplings.append(sampling_of(a, respacing=respacing, guidance=guidance, **noise, **guide))
-        count_timesteps(export.config.diffusion.num_timesteps, samplings[-1].respacing)
-    return samplings
-
-
-def _noises(a: argparse.Namespace) -> list[dict[str, Any]]:
-    """How noisy each export is given its small images, and by which way, as keys of SamplingConfig."""
-    first: list[dict[str, Any]] = [] if a.base else [{}]  # makes its images of nothing
-    num = len(a.exports) - len(first)
-    if not num and (a.low_res_noise or a.augmentation):
-        raise UserError("--low-res-noise and --augmentation are for images that are enlarged, and here none are.")
-    steps = _for_each("--low-res-noise", a.low_res_noise or [0], num)
-    kinds = _for_each("--augmentation", a.augmentation or ["non_truncated"], num)
-    return first + [
-        {"low_res_noise": step, "augmentation": kind} if step else {} for step, kind in zip(steps, kinds, strict=True)
-    ]
-
-
-def _guides(a: argparse.Namespace, num: int) -> list[dict[str, Any]]:
-    """What each stage's `SamplingConfig` says of the classifier that guides it."""
-    if a.classifier is None and a.classifier_scale:
-        raise UserError(
-            f"--classifier-scale {a.classifier_scale[0]:g} is for --classifier EXPORT; give both, or neither."
-        )
-    if a.classifier is None:
-        return [{}] * num
-    paths = _for_each("--classifier", a.classifier, num)
-    scales = _for_each("--classifier-scale", a.classifier_scale or [1.0], num)
-    return [
-        {"classifier_weights": "ema"} if path == "none" else {"classifier": path, "classifier_scale": scale}
-        for path, scale in zip(paths, scales, strict=True)
-    ]
-
-
-def _for_each(option: str, values: list[T], num: int) -> list[T]:
-    if len(values) not in (1, num):
-        raise UserError(f"{option} was given {len(values)} times for {num} stages; once, or for each.")
-    return values * (num // len(values))
 
 
 def _labels(text: str, numbers: Sequence[int]) -> list[int]:
@@ -167,26 +116,7 @@ def _parse() -> argparse.Namespace:
         "--classes", help="such as 207 or 1,2,3, in turn (default: those of --base, or image i has class i modulo all)"
     )
     add_sampling_options(parser, sampler="ancestral")
-    parser.add_argument("--respacing", action="append", help=f"steps: {RESPACINGS}; once, or for each export")
-    parser.add_argument(
-        "--guidance", type=float, action="append",
-        help="classifier-free guidance: 1 is none, 0 without classes; once, or for each export",
-    )  # fmt: skip
-    parser.add_argument(
-        "--low-res-noise", type=int, action="append",
-        help="step s of the noise on small images, 0 is none; once, or for each export that enlarges some",
-    )  # fmt: skip
-    parser.add_argument(
-        "--augmentation", choices=("non_truncated", "truncated"), action="append",
-        help="where it comes from: finished images are noised, or the stage below ends at s; once, or for each",
-    )  # fmt: skip
-    parser.add_argument(
-        "--classifier", action="append", metavar="EXPORT",
-        help="export of a classifier that guides the samples, or none; once, or for each export",
-    )  # fmt: skip
-    parser.add_argument(
-        "--classifier-scale", type=float, action="append", help="of its gradient (default: 1); once, or for each export"
-    )
+    add_stage_options(parser)
     parser.add_argument("--weights", default="ema", help="ema, model (the bare ones), or such as ema_0.999")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--batch", type=int, default=16, help="images at a time")

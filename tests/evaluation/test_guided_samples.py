@@ -77,8 +77,12 @@ def test_each_stage_of_a_cascade_has_its_own(exports: Path, tmp_path: Path, monk
     assert images(tmp_path / "guided.npz")[1] == [0, 1, 2, 3]
     with pytest.raises(UserError, match=r"classifier=.* cannot guide tiny: .*model.image_size=16, not 32"):
         run(monkeypatch, *both, "--out", tmp_path / "b.npz", "--classifier", exports / "classifier")
+    with pytest.raises(UserError, match=r"--classifier-scale 3 is for a stage with --classifier none"):
+        run(monkeypatch, *both, "--out", tmp_path / "b.npz", *guide, "--classifier-scale", 2, "--classifier-scale", 3)
     for words, said in (
         (["--classifier-scale", 2], "--classifier-scale 2 is for --classifier EXPORT"),
+        (["--classifier", "none", "--classifier-scale", 3], "--classifier-scale 3 is for --classifier EXPORT"),
+        (["--classifier", "none", "--classifier-weights", "model"], "classifier_weights=model is for a classifier"),
         ([*guide[:2], "--classes", "1,7"], "class 7 is unknown to it: it knows 0 to 3"),
         (["--classes", 1], "these networks know no classes"),
     ):

@@ -574,6 +574,22 @@ def test_noise_without_truncation_goes_through_files_as_well(noisy_exports: list
         ([0, 1, 2], ["--low-res-noise", 3, "--low-res-noise", 3, "--low-res-noise", 3], "3 times for 2 stages"),
         ([0, 1], ["--low-res-noise", -1], "low_res_noise=-1"),
         ([1], ["--base", "small.npz", "--low-res-noise", 3, "--augmentation", "truncated"], "are finished"),
+        ([0, 1, 2], ["--augmentation", "truncated"], "--augmentation truncated .* give it a --low-res-noise above 0"),
+        ([0, 1], ["--augmentation", "truncated", "--low-res-noise", 0], "--augmentation truncated .* which is 0"),
+        (
+            [0, 1, 2],
+            [
+                "--low-res-noise",
+                0,
+                "--low-res-noise",
+                3,
+                "--augmentation",
+                "truncated",
+                "--augmentation",
+                "non_truncated",
+            ],
+            "--augmentation truncated .* which is 0",
+        ),
     ],
 )
 def test_noise_that_cannot_be_is_refused(
