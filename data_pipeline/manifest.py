@@ -138,9 +138,10 @@ def _missing(folder: Path) -> str:
         if splits:
             return f"{folder} is not one split but holds several: use {' or '.join(str(folder / s) for s in splits)}."
         what = f"{folder} holds no {FILE_NAME}, so it is no prepared data split"
+    prepare, out = "python -m data_pipeline.prepare", f"--size SIZE --out {folder.parent}"
     return (
-        f"{what}. Make one: python -m data_pipeline.prepare cifar10 --out data/cifar10, "
-        f"or from your own images: python -m data_pipeline.prepare folder --from DIR --size SIZE --out {folder.parent}"
+        f"{what}. Make one: {prepare} cifar10 --out data/cifar10, from your own images: {prepare} folder --from DIR "
+        f"{out}, or, smaller, from a split that is there: {prepare} webdataset --from SPLIT --resize area {out}"
     )
 
 

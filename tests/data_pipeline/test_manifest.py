@@ -31,6 +31,8 @@ def test_missing_manifest_names_the_command(tmp_path: Path) -> None:
         Manifest.load(tmp_path / "absent" / "train")
     with pytest.raises(DataError, match=r"holds no manifest.json"):
         Manifest.load(tmp_path)
+    with pytest.raises(DataError, match=r"smaller.*prepare webdataset --from SPLIT .*--size SIZE --out .*absent_8$"):
+        Manifest.load(tmp_path / "absent_8" / "train")
 
 
 def test_folder_of_splits_names_them(prepared: Path) -> None:
