@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from trainer.conditions import Conditions
 from trainer.config import load_config
 from trainer.diagnosis import Recomputed, diagnose
 from trainer.engine import Engine
@@ -36,7 +37,7 @@ def check(overrides: list[str], processes: Processes) -> None:
     t = torch.tensor([7, 8])
 
     def recompute() -> Recomputed:
-        losses = engine.forward(torch.randn(2, 3, 16, 16), t.float(), None, None).square().flatten(1).mean(dim=1)
+        losses = engine.forward(torch.randn(2, 3, 16, 16), t.float(), Conditions()).square().flatten(1).mean(dim=1)
         engine.backward(losses.mean())
         first = 100 + 2 * processes.rank
         return Recomputed(t, torch.arange(first, first + 2), losses.detach())

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from trainer.conditions import Conditions
 from trainer.config import load_config
 from trainer.engine import Engine
 from trainer.models import build_model
@@ -52,7 +53,7 @@ def check(overrides: list[str], processes: Processes) -> None:
             for _ in range(engine.accumulation):
                 x = torch.randn(2, 3, 16, 16, generator=generator)
                 t = torch.randint(100, (2,), generator=generator).float()
-                engine.backward(engine.forward(x, t, None, None).square().mean())
+                engine.backward(engine.forward(x, t, Conditions()).square().mean())
                 engine.step(0.0)  # nothing moves: the copy stays a copy
                 alone.zero_grad()
                 alone(x, t).square().mean().backward()
