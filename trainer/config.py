@@ -440,10 +440,16 @@ def _explain(schema: type[Section], item: dict[str, Any]) -> str:
     if item["type"] == "union_tag_invalid":
         return f"{path}.name={item['ctx']['tag']!r}: there is no such network; use {' or '.join(NETWORK_CONFIGS)}."
     if item["type"] == "extra_forbidden":
-        known = _known_keys(NETWORK_CONFIGS[network], []) if network else _known_keys(schema, location[:-1])
+        known = _known_keys(schema, network, location[:-1])
         close = difflib.get_close_matches(location[-1], known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"known keys here: {', '.join(known)}."
         return f"{path}={item['input']!r}: unknown key; {hint}"
+    if item["type"] == "model_type":
+        keys = ", ".join(_known_keys(schema, network, location))
+        return f"{path}={item['input']!r}: a section is expected, not a value; its keys are {keys}."
+    if item["type"] == "tuple_type":
+        hint = f": {path}=[{item['input']}]" if isinstance(item["input"], int | float | str) else ""
+        return f"{path}={item['input']!r}: a list is expected; write it in brackets, with commas between several{hint}."
     if item["type"] == "missing":
         return f"{path}: missing; set it in the file or as {path}=VALUE."
     if item["type"] == "value_error":
@@ -453,7 +459,10 @@ def _explain(schema: type[Section], item: dict[str, Any]) -> str:
     return f"{path}={item['input']!r}: {item['msg'][0].lower()}{item['msg'][1:]}."
 
 
-def _known_keys(schema: type[BaseModel], location: list[str]) -> list[str]:
+def _known_keys(schema: type[BaseModel], network: str, location: list[str]) -> list[str]:
+    """The keys of the section at `location`; below `model` those of the network that is named."""
+    if network:
+        schema, location = NETWORK_CONFIGS[network], location[1:]
     for part in location:
         field = schema.model_fields.get(part)
         inner = field.annotation if field else None

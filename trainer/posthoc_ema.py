@@ -58,8 +58,11 @@ class Snapshots:
 def open_snapshots(run: Path, at: int | None = None) -> Snapshots:
     """Those of `run` up to `at` images; default: all. Damaged ones are named and left out.
 
-    Raises UserError where there are none, or none at `at` itself: what came after the last one is in none of them.
+    Raises UserError where there is no such run, where it has none, or none at `at` itself: what came after the last one
+    is in none of them.
     """
+    if not run.is_dir():
+        raise UserError(f"there is no run folder {run}; name the one that the run was given as run.folder=...")
     folder = RunFolder(run).ema_snapshots
     there = []
     for path in reversed(list_checkpoints(folder)):

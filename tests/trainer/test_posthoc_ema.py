@@ -129,6 +129,8 @@ def test_a_damaged_snapshot_is_left_out(copied: Path, capsys: pytest.CaptureFixt
     shutil.rmtree(copied / "ema_snapshots")
     with pytest.raises(UserError, match=r"holds no snapshots; train with train\.ema_profiles"):
         open_snapshots(copied)
+    with pytest.raises(UserError, match=r"there is no run folder .*nowhere; name the one"):
+        open_snapshots(copied / "nowhere")
 
 
 def test_a_life_that_died_before_its_snapshot_is_made_good(runs: Path) -> None:
