@@ -325,6 +325,14 @@ def test_names_of_guided_samples_fit_into_the_store(run: Path, tracker: Tracker,
     assert rows(database) == before
 
 
+def test_a_reconstructed_average_is_apart_from_the_tracked_one() -> None:
+    tracked = dataclasses.replace(eval_record(100), measured={"weights": "power_0.1"})
+    made = dataclasses.replace(tracked, details={"reconstructed": {"profile_error": 0.2, "num_snapshots": 6}})
+    usual = "nll/test - weights power_0.1"
+    for records in ([tracked, made], [made, tracked]):
+        assert {key for key, _ in eval_points(records)} == {usual, "nll/test - reconstructed True - weights power_0.1"}
+
+
 def test_infinity_is_not_drawn() -> None:
     point = next(train_points(TrainRecord(1, 1.0, 1.0, {"train/loss": float("inf")})))
     assert point.value != point.value

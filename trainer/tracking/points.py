@@ -133,12 +133,13 @@ _UNSAID = {"threshold": "static", "corrector_steps": 0}
 
 def _way(record: EvalRecord) -> dict[str, Any]:
     """What tells an evaluation from another one of the same metric and split."""
+    made = {} if record.reconstructed is None else {"reconstructed": True}  # and not the tracked one of its length
     if record.metric == "nll":
-        return {name: record.measured.get(name, usual) for name, usual in _USUAL_NLL.items()}
+        return made | {name: record.measured.get(name, usual) for name, usual in _USUAL_NLL.items()}
     said = {k: v for k, v in record.measured.items() if k not in _HASHES}
     if "classifier_sha256" in record.measured:
         said["classifier"] = record.measured["classifier_sha256"][:8]
-    return _UNSAID | said | {"n": record.n}
+    return _UNSAID | said | made | {"n": record.n}
 
 
 def _eval_key(record: EvalRecord, first: dict[str, Any]) -> str:
