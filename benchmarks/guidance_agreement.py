@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from data_pipeline.errors import UserError, run_cli
 from trainer.diffusion.classifier_guidance import classifier_score
 from trainer.diffusion.gaussian import GaussianDiffusion
-from trainer.diffusion.predictor import Predictor
+from trainer.diffusion.predictor import LARGEST_GUIDED_SIGMA, Predictor
 from trainer.diffusion_config import DiffusionConfig
 from trainer.model_config import ClassifierConfig, UNetConfig
 from trainer.models import build_model
@@ -83,8 +83,9 @@ def steps(peer: Any, schedule: Any, rescaled: bool, learned: bool, respacing: st
         scored = theirs.condition_score(gradient, bare, x, t, model_kwargs={"y": LABELS})
         second = predictor(x, step)
         yield "algorithm 1, mean", predictor.with_shifted_mean(x, step).mean, shifted
-        yield "algorithm 2, mean", second.mean, scored["mean"]
-        yield "algorithm 2, x_0", second.x0, scored["pred_xstart"]
+        if ours.schedule.level(step).scaled_sigma <= LARGEST_GUIDED_SIGMA:  # above it ours leaves the score out
+            yield "algorithm 2, mean", second.mean, scored["mean"]
+            yield "algorithm 2, x_0", second.x0, scored["pred_xstart"]
 
 
 def load_peer(path: Path) -> tuple[Any, Any]:
