@@ -24,15 +24,15 @@ from benchmarks.agreement import HEADER, LOOPS, Table, gather_float64, load_refe
 from data_pipeline.errors import run_cli
 from data_pipeline.files import write_json
 from trainer.conditions import Conditions
-from trainer.config import load_config
+from trainer.config.diffusion import DiffusionConfig
+from trainer.config.model import ClassifierConfig, EncoderConfig, UNetConfig
+from trainer.config.run import load_config
 from trainer.diffusion.classifier_guidance import classifier_score
 from trainer.diffusion.gaussian import GaussianDiffusion
 from trainer.diffusion.predictor import Predictor
 from trainer.diffusion.samplers import SAMPLERS
-from trainer.diffusion_config import DiffusionConfig
 from trainer.interop.openai_unet import pairs
 from trainer.interop.presets import find_preset
-from trainer.model_config import ClassifierConfig, EncoderConfig, UNetConfig
 from trainer.models import IMAGE_CHANNELS, build_model
 from trainer.models.encoder import EncoderNetwork
 

@@ -26,15 +26,15 @@ from torch import Tensor, nn
 from benchmarks.peers import improved_diffusion_unet
 from data_pipeline.errors import UserError, run_cli
 from data_pipeline.files import write_json
+from trainer.config.diffusion import DiffusionConfig, Variance
+from trainer.config.model import UNetConfig
 from trainer.diffusion.gaussian import Denoiser, GaussianDiffusion
 from trainer.diffusion.likelihoods import HALF_BIN, LAST_BIN, discretized_log_likelihood
 from trainer.diffusion.objectives import training_losses
 from trainer.diffusion.predictor import Predictor
 from trainer.diffusion.samplers import SAMPLERS
 from trainer.diffusion.thresholding import static
-from trainer.diffusion_config import DiffusionConfig, Variance
 from trainer.interop.improved_diffusion import pairs
-from trainer.model_config import UNetConfig
 from trainer.models import IMAGE_CHANNELS
 from trainer.models.unet import UNet
 

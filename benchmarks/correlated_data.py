@@ -12,11 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from trainer.config.diffusion import DiffusionConfig
 from trainer.diffusion.gaussian import Denoiser, GaussianDiffusion
 from trainer.diffusion.predictor import Predictor
 from trainer.diffusion.samplers import SAMPLERS
 from trainer.diffusion.schedules import Level, schedule_of
-from trainer.diffusion_config import DiffusionConfig
 
 SHAPE = (3, 1, 2)  # of an image
 DIM = 6

@@ -125,7 +125,7 @@ def step_input_epochs(dataset: ShardDataset, case: Case) -> Callable[[], None]:
     """All that a step of the 64 px network consumes, made by one process."""
     import torch
 
-    from trainer.config import load_config
+    from trainer.config.run import load_config
     from trainer.inputs import InputSource
     from trainer.processes import Processes
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from benchmarks.peers import INSTALL_DIFFUSERS
 from data_pipeline.errors import UserError, run_cli
 from data_pipeline.files import write_json
-from trainer.model_config import DiTConfig
+from trainer.config.model import DiTConfig
 from trainer.models.dit import DiT
 
 CLASSES: dict[str, Any] = {"num_classes": 1000, "null_class": True}

@@ -26,10 +26,10 @@ from evaluation.features import get_feature_net
 from evaluation.features.feature_set import spread
 from evaluation.report.figures import save_figure
 from evaluation.report.image_rows import draw_rows
+from trainer.config.sampling import SamplingConfig
 from trainer.diffusion.gaussian import GaussianDiffusion
 from trainer.export import open_export
 from trainer.sampling import Stage, sample
-from trainer.sampling_config import SamplingConfig
 
 RIDGE = 1e-2  # of the features' mean square
 BATCH = 20

@@ -24,11 +24,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from data_pipeline.errors import UserError, run_cli
+from trainer.config.diffusion import DiffusionConfig
+from trainer.config.model import ClassifierConfig, UNetConfig
 from trainer.diffusion.classifier_guidance import classifier_score
 from trainer.diffusion.gaussian import GaussianDiffusion
 from trainer.diffusion.predictor import LARGEST_GUIDED_SIGMA, Predictor
-from trainer.diffusion_config import DiffusionConfig
-from trainer.model_config import ClassifierConfig, UNetConfig
 from trainer.models import build_model
 
 T = 1000

@@ -31,13 +31,13 @@ from benchmarks.unet_step import machine
 from data_pipeline.errors import UserError, run_cli
 from data_pipeline.files import write_json
 from trainer.clock import Clock
-from trainer.config import RunConfig, load_config
+from trainer.config.model import UNetConfig
+from trainer.config.run import RunConfig, load_config
 from trainer.inputs import open_dataset
 from trainer.loop import Run
 from trainer.memory import memory_of
 from trainer.micro_batch import with_largest_micro_batch
 from trainer.milestones import Milestones
-from trainer.model_config import UNetConfig
 from trainer.models import build_model, count
 from trainer.peak import peak_flops
 from trainer.processes import Processes, start_processes

@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from benchmarks.unet_step import machine
 from data_pipeline.errors import UserError, run_cli
 from data_pipeline.files import write_json
-from trainer.config import RunConfig, validate
-from trainer.ema import ShardedEma
+from trainer.averages.sharded import ShardedEma
+from trainer.config.run import RunConfig, validate
 from trainer.engine import Engine
 from trainer.memory import memory_of
 from trainer.models import build_model, random_inputs

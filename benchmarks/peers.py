@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from data_pipeline.errors import UserError
-from trainer.model_config import UNetConfig
+from trainer.config.model import UNetConfig
 
 INSTALL_DIFFUSERS = "pip install -e '.[bench]'"
 

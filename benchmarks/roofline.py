@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.diffusion_config import DiffusionConfig
-from trainer.model_config import ModelConfig
+from trainer.config.diffusion import DiffusionConfig
+from trainer.config.model import ModelConfig
 from trainer.models import IMAGE_CHANNELS, build_model
 from trainer.models.blocks import Attention
 from trainer.models.dit import SelfAttention

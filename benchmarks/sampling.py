@@ -31,13 +31,13 @@ from evaluation.chunks import Chunks
 from evaluation.device import pick_device
 from evaluation.sample_files import Images, write_npz
 from evaluation.sampling_job import sample_chunks
-from trainer.config import RunConfig, validate
+from trainer.config.model import ModelConfig
+from trainer.config.run import RunConfig, validate
+from trainer.config.sampling import SamplingConfig
 from trainer.export import open_export
 from trainer.grid import save_grid
-from trainer.model_config import ModelConfig
 from trainer.models import IMAGE_CHANNELS, build_model
 from trainer.sampling import Stage
-from trainer.sampling_config import SamplingConfig
 
 CIFAR10: dict[str, Any] = {"image_size": 32, "channel_mult": (1, 2, 2, 2)}
 IMAGENET64: dict[str, Any] = {"image_size": 64, "channel_mult": (1, 2, 3, 4), "num_res_blocks": 3}

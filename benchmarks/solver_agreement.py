@@ -30,12 +30,12 @@ from benchmarks.peers import INSTALL_DIFFUSERS
 from data_pipeline.errors import UserError, run_cli
 from data_pipeline.files import write_json
 from evaluation.report.text_table import Table
+from trainer.config.diffusion import DiffusionConfig, Quantity
 from trainer.diffusion.gaussian import Denoiser, GaussianDiffusion
 from trainer.diffusion.predictor import Predictor
 from trainer.diffusion.respacing import LARGEST_SIGMA
 from trainer.diffusion.samplers import SAMPLERS
 from trainer.diffusion.thresholding import Threshold, dynamic, static
-from trainer.diffusion_config import DiffusionConfig, Quantity
 
 Tables = Literal["shipped", "our"]
 SHAPE = (16, 3, 4, 4)  # x

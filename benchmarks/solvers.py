@@ -40,9 +40,9 @@ from data_pipeline.files import write_json
 from evaluation.report.chart import Chart, Panel, Series, log_axis
 from evaluation.report.figures import draw, save_figure
 from evaluation.report.text_table import Table
+from trainer.config.diffusion import DiffusionConfig
 from trainer.diffusion.predictor import Predictor
 from trainer.diffusion.samplers import SAMPLERS
-from trainer.diffusion_config import DiffusionConfig
 
 Grid = Callable[[float, float, int], NDArray[np.float64]]  # (first, last, number) -> lambdas
 

@@ -37,7 +37,7 @@ from data_pipeline.errors import UserError, run_cli
 from data_pipeline.files import write_json
 from data_pipeline.prefetch import Prefetcher
 from trainer.communication import Link, step_seconds, traffic
-from trainer.config import RunConfig, load_config
+from trainer.config.run import RunConfig, load_config
 from trainer.input_workers import WorkerSteps
 from trainer.loop import MicroBatch
 from trainer.ports import free_port

@@ -26,8 +26,8 @@ from benchmarks.peers import DiffusersUNet, improved_diffusion_unet
 from benchmarks.roofline import step_seconds
 from data_pipeline.errors import UserError, run_cli
 from data_pipeline.files import write_json
-from trainer.diffusion_config import DiffusionConfig
-from trainer.model_config import UNetConfig
+from trainer.config.diffusion import DiffusionConfig
+from trainer.config.model import UNetConfig
 from trainer.models import IMAGE_CHANNELS, build_model
 
 CIFAR10: dict[str, Any] = {"image_size": 32, "channel_mult": (1, 2, 2, 2)}

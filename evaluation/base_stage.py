@@ -7,10 +7,10 @@ from pathlib import Path
 import torch
 
 from data_pipeline.errors import UserError
+from trainer.config.sampling import SamplingConfig
 from trainer.diffusion.respacing import count_timesteps
 from trainer.export import Export, Weights, open_export
 from trainer.sampling import Stage, check_guidance
-from trainer.sampling_config import SamplingConfig
 
 
 def open_base_stage(

@@ -23,7 +23,7 @@ from evaluation.report.ema_chart import Point, ema_chart
 from evaluation.report.figures import draw, save_figure
 from evaluation.report.tables import reconstruction
 from evaluation.report.text_table import Table
-from trainer.ema_rules import PowerProfile
+from trainer.averages.rules import PowerProfile
 from trainer.tracking.records import EvalRecord, read_eval_records
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.errors import UserError
-from trainer.config import RunConfig
+from trainer.config.run import RunConfig
 
 
 @dataclass(frozen=True)

@@ -40,13 +40,13 @@ from evaluation.report.image_rows import draw_rows
 from evaluation.report.progressive_chart import progressive_chart
 from evaluation.sampling_options import add_network_options, network_sampling_of
 from evaluation.subject import check_data
+from trainer.config.sampling import SamplingConfig
 from trainer.diffusion.progressive import Recorder, evenly
 from trainer.diffusion.samplers import to_uint8
 from trainer.guiding import samples_said
 from trainer.models import IMAGE_CHANNELS
 from trainer.sample_noise import SampleNoise
 from trainer.sampling import Stage, no_progress, predictor_of, run_sampler
-from trainer.sampling_config import SamplingConfig
 
 MAX_ROWS = 12  # of the picture
 SHARED_ROWS = 4  # moments of which images are shown that share x_t

@@ -15,9 +15,9 @@ from data_pipeline.shard_files import read_manifest
 from evaluation.ensemble import Ensemble
 from evaluation.nll.settings import NllSettings
 from evaluation.quality import FEWEST, KINDS, check_kinds
+from trainer.config.sampling import SamplingConfig
 from trainer.export import Weights
 from trainer.guiding import samples_said
-from trainer.sampling_config import SamplingConfig
 
 MEMORISATION = "memorisation"
 ACCURACY = "accuracy"  # of classifiers, and all there is of them

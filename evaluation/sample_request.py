@@ -14,10 +14,10 @@ from torch import Tensor
 from data_pipeline.files import sha256_file
 from data_pipeline.manifest import SAMPLES, SourceInfo
 from trainer.cascade import steps_reached
+from trainer.config.sampling import SamplingConfig
+from trainer.config.section import Section
 from trainer.export import Export, Weights
 from trainer.guiding import samples_said
-from trainer.sampling_config import SamplingConfig
-from trainer.section import Section
 
 # Keys of the sections `model` and `diffusion` that have been part of the images' keys from the start.
 _ALWAYS_SAID = {

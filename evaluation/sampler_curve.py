@@ -26,12 +26,12 @@ from evaluation.report.sampler_chart import CallPoint, sampler_chart
 from evaluation.report.text_table import Table
 from evaluation.request import ACCURACY, MEMORISATION, EvalRequest
 from evaluation.results import key_of
-from trainer.config import validate
+from trainer.config.diffusion import DiffusionConfig
+from trainer.config.run import validate
+from trainer.config.sampling import SamplingConfig
 from trainer.diffusion.respacing import count_timesteps
-from trainer.diffusion_config import DiffusionConfig
 from trainer.export import Export, open_export
 from trainer.sampling import num_calls
-from trainer.sampling_config import SamplingConfig
 from trainer.tracking.records import EvalRecord, read_result
 
 BOUND = "bound of a chain of as many steps"

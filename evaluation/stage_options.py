@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 from data_pipeline.errors import UserError
 from evaluation.sampling_options import RESPACINGS, sampling_of
+from trainer.config.sampling import SamplingConfig
 from trainer.diffusion.respacing import count_timesteps
 from trainer.export import Export
-from trainer.sampling_config import SamplingConfig
 
 T = TypeVar("T")
 

@@ -18,11 +18,11 @@ from data_pipeline.errors import UserError
 from evaluation.ensemble import Ensemble, TimeRanges, check_fit
 from evaluation.request import ACCURACY
 from trainer.conditions import Conditions
-from trainer.config import RunConfig
+from trainer.config.run import RunConfig
+from trainer.config.sampling import SamplingConfig
 from trainer.diffusion.gaussian import Denoiser, GaussianDiffusion
 from trainer.export import SUFFIX, Export, Weights, open_export
 from trainer.sampling import Stage, conditioned
-from trainer.sampling_config import SamplingConfig
 
 
 @dataclass(frozen=True)

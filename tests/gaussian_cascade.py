@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from trainer.cascade import step_reached
-from trainer.config import RunConfig, load_config
+from trainer.config.run import RunConfig, load_config
+from trainer.config.sampling import SamplingConfig
 from trainer.diffusion.gaussian import GaussianDiffusion
 from trainer.diffusion.low_res_noise import LowResNoise
 from trainer.sampling import Stage
-from trainer.sampling_config import SamplingConfig
 
 MEAN, SPREAD, REACH = 0.1, 0.15, 3.0  # of a pixel; the last is the distance over which correlation falls by e
 LARGEST = 16

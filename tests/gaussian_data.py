@@ -10,8 +10,8 @@ import math
 import torch
 from torch import Tensor
 
+from trainer.config.diffusion import DiffusionConfig, Quantity
 from trainer.diffusion.gaussian import Denoiser, GaussianDiffusion
-from trainer.diffusion_config import DiffusionConfig, Quantity
 
 SPREAD = 0.2
 MEAN = 0.1

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from trainer.config.diffusion import DiffusionConfig
 from trainer.diffusion.gaussian import GaussianDiffusion
-from trainer.diffusion_config import DiffusionConfig
 
 SHAPE = (1, 1, 2)
 MEANS = torch.tensor([[0.3, -0.2], [-0.1, 0.2]], dtype=torch.float64).view(2, *SHAPE)  # [K, C, H, W]

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 
-from trainer.config import load_config, to_yaml
+from trainer.config.run import load_config, to_yaml
+from trainer.config.sampling import SamplingConfig
 from trainer.export import export_info, save_export
 from trainer.models import build_model
 from trainer.sampling import Stage
-from trainer.sampling_config import SamplingConfig
 
 
 def make_stage(path: Path, *overrides: str, respacing: str = "5", sampler: Any = "ancestral") -> Stage:

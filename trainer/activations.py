@@ -25,8 +25,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from trainer.diffusion_config import DiffusionConfig
-from trainer.model_config import ModelConfig
+from trainer.config.diffusion import DiffusionConfig
+from trainer.config.model import ModelConfig
 from trainer.models import build_model, random_inputs
 
 # What torch.autocast computes in half precision, among what the networks use.

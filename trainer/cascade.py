@@ -16,10 +16,11 @@ import torch
 from torch import Tensor
 
 from data_pipeline.errors import ConfigError, UserError
-from trainer.config import RunConfig
+from trainer.config.diffusion import DiffusionConfig
+from trainer.config.run import RunConfig
+from trainer.config.sampling import SamplingConfig
 from trainer.diffusion.gaussian import GaussianDiffusion
 from trainer.diffusion.samplers import to_uint8
-from trainer.diffusion_config import DiffusionConfig
 from trainer.sampling import (
     Progress,
     Stage,
@@ -30,7 +31,6 @@ from trainer.sampling import (
     noisy_low_res,
     num_calls,
 )
-from trainer.sampling_config import SamplingConfig
 
 
 def sample_cascade(

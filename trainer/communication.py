@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data_pipeline.errors import UserError, run_cli
-from trainer.config import load_config
+from trainer.config.run import load_config
 from trainer.engine import split_batch
 from trainer.models import count
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from data_pipeline.errors import ConfigError
-from trainer.config import RunConfig
+from trainer.config.run import RunConfig
 
 Settings = dict[str, Any]
 

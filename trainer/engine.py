@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from data_pipeline.errors import ConfigError
 from trainer.conditions import Conditions
-from trainer.config import RunConfig
+from trainer.config.run import RunConfig
 from trainer.deepspeed_settings import deepspeed_settings
 from trainer.optimizer import GuardedAdamW, LossScale
 from trainer.processes import Processes

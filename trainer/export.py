@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from data_pipeline.errors import UserError
 from data_pipeline.files import file_entry, fsync_file, write_atomic, write_json
 from trainer.checkpoint import MANIFEST, CheckpointReader, checkpoint_name, verify
-from trainer.config import RunConfig, load_config
+from trainer.config.run import RunConfig, load_config
 from trainer.models import build_model, count
 from trainer.tensor_files import Shape, write_tensors
 

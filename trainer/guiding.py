@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.errors import UserError
-from trainer.config import RunConfig
+from trainer.config.run import RunConfig
+from trainer.config.sampling import SamplingConfig
 from trainer.diffusion.classifier_guidance import classifier_score
 from trainer.diffusion.predictor import Score
 from trainer.export import Export, Weights, open_export
-from trainer.sampling_config import SamplingConfig
 
 # A classifier is asked about x_t at the times that the network sees: these must mean the same noise to both.
 _PROCESS = ("num_timesteps", "schedule", "sigmoid_start", "sigmoid_end", "sigmoid_tau", "rescale_timesteps")

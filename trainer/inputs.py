@@ -23,7 +23,7 @@ from data_pipeline.errors import ConfigError
 from data_pipeline.prefetch import Prefetcher
 from data_pipeline.shard_cache import CacheSettings, default_folder
 from data_pipeline.stream import TrainStream
-from trainer.config import RunConfig
+from trainer.config.run import RunConfig
 from trainer.input_workers import WorkerSteps
 from trainer.processes import Processes
 from trainer.step_inputs import StepInputs

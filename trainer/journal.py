@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from data_pipeline.progress import say
-from trainer.config import RunConfig
+from trainer.config.run import RunConfig
 from trainer.processes import Processes
 from trainer.spikes import SpikeWatch
 from trainer.straggler import StragglerWatch

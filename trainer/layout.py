@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from trainer.config import RunConfig
+from trainer.config.run import RunConfig
 from trainer.processes import Processes
 
 # Of the section `engine`: what neither touches a figure nor the order in which figures are added up.

@@ -18,6 +18,7 @@ from torch import Tensor
 from data_pipeline.dataset import ShardDataset
 from data_pipeline.errors import AgreedError
 from data_pipeline.progress import progress_bar, say
+from trainer.averages.sharded import ShardedEma
 from trainer.checkpoint import (
     CheckpointReader,
     RunState,
@@ -28,14 +29,13 @@ from trainer.checkpoint import (
     remove_old,
 )
 from trainer.conditions import Conditions
-from trainer.config import RunConfig, to_yaml
+from trainer.config.run import RunConfig, to_yaml
 from trainer.damage import DamageWatch
 from trainer.diagnosis import Recomputed, diagnose
 from trainer.diffusion.gaussian import GaussianDiffusion
 from trainer.diffusion.low_res_noise import LowResNoise
 from trainer.diffusion.objectives import Losses, classification_losses, training_losses
 from trainer.diffusion.timesteps import make_timestep_sampler
-from trainer.ema import ShardedEma
 from trainer.engine import Engine, split_batch
 from trainer.exits import DivergedError, Exit
 from trainer.guiding import check_guide

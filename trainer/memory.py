@@ -25,11 +25,11 @@ from functools import lru_cache
 import torch
 
 from trainer.activations import activations
-from trainer.config import RunConfig
+from trainer.config.diffusion import DiffusionConfig
+from trainer.config.model import ModelConfig
+from trainer.config.run import RunConfig
 from trainer.deepspeed_settings import Settings, deepspeed_settings
-from trainer.diffusion_config import DiffusionConfig
 from trainer.engine import split_batch
-from trainer.model_config import ModelConfig
 from trainer.models import build_model
 
 FLOAT = 4  # bytes

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from trainer.clock import Clock, Moment
-from trainer.config import RunConfig
+from trainer.config.run import RunConfig
 from trainer.diffusion.objectives import Losses, part_names
 from trainer.noise_scale import SmoothedNoiseScale
 from trainer.processes import Processes

@@ -20,7 +20,7 @@ from torch import nn
 from data_pipeline.errors import AgreedError
 from trainer.activations import drop_gradients
 from trainer.checkpoint import list_checkpoints
-from trainer.config import RunConfig
+from trainer.config.run import RunConfig
 from trainer.engine import DTYPES
 from trainer.memory import Memory, divisors, memory_of, remedies, share_of_batch, with_micro_batch
 from trainer.models import build_model, random_inputs

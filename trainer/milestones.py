@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trainer.config import RunConfig
+from trainer.config.run import RunConfig
 from trainer.models import ModelCost
 
 

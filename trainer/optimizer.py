@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.config import EngineConfig, TrainConfig
+from trainer.config.run import EngineConfig, TrainConfig
 
 GROWTH = 2.0  # of the loss scale, after a window without overflows; an overflow divides by it
 

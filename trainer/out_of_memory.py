@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from trainer.config import RunConfig
+from trainer.config.run import RunConfig
 from trainer.engine import split_batch
 from trainer.exits import OutOfMemoryError, first_line, is_out_of_memory
 from trainer.memory import divisors, remedies, share_of_batch

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline.dataset import ShardDataset
-from trainer.config import RunConfig
+from trainer.config.run import RunConfig
 from trainer.export import open_export, write_export
 from trainer.grid import save_grid
 from trainer.inputs import downsample

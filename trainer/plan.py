@@ -18,7 +18,7 @@ from typing import Any
 from data_pipeline.errors import UserError, run_cli
 from data_pipeline.words import size
 from trainer.checkpoint import kept_for_good
-from trainer.config import RunConfig, load_config
+from trainer.config.run import RunConfig, load_config
 from trainer.engine import split_batch
 from trainer.memory import FLOAT, Memory, largest_that_fits, memory_of
 from trainer.micro_batch import USABLE

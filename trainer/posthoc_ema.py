@@ -22,9 +22,9 @@ from torch import Tensor
 
 from data_pipeline.errors import UserError, run_cli
 from data_pipeline.progress import progress_bar, say
+from trainer.averages.fit import Fit, Stored, fit_exponential, fit_power
+from trainer.averages.rules import SIGMA_REL_BOUND, Exponential, PowerProfile
 from trainer.checkpoint import checkpoint_name, list_checkpoints, verify
-from trainer.ema_fit import Fit, Stored, fit_exponential, fit_power
-from trainer.ema_rules import SIGMA_REL_BOUND, Exponential, PowerProfile
 from trainer.export import SUFFIX, Export, Weights, open_export, save_export
 from trainer.run_folder import RunFolder
 

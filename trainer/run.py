@@ -19,7 +19,7 @@ import traceback
 from typing import NoReturn
 
 from data_pipeline.errors import AgreedError, ConfigError
-from trainer.config import RunConfig, load_config
+from trainer.config.run import RunConfig, load_config
 from trainer.exits import Exit, explained, first_line
 from trainer.run_folder import naming_a_full_disk
 from trainer.watchdog import Watchdog, lost_a_peer

@@ -11,7 +11,9 @@ from torch import Tensor, nn
 from data_pipeline.counter_rng import Stream
 from data_pipeline.errors import UserError
 from trainer.conditions import Conditions
-from trainer.config import RunConfig
+from trainer.config.diffusion import DiffusionConfig
+from trainer.config.run import RunConfig
+from trainer.config.sampling import SamplingConfig
 from trainer.diffusion.gaussian import Denoiser, GaussianDiffusion
 from trainer.diffusion.guidance import NULL_LABEL, guided, num_calls_a_step
 from trainer.diffusion.low_res_noise import LowResNoise
@@ -20,11 +22,9 @@ from trainer.diffusion.samplers import SAMPLERS, to_uint8
 from trainer.diffusion.samplers.langevin import langevin
 from trainer.diffusion.samplers.sampler import Corrector, Noise
 from trainer.diffusion.thresholding import Threshold, dynamic, static
-from trainer.diffusion_config import DiffusionConfig
 from trainer.guiding import Guide, check_guide, guide_flops, guiding_classes, open_guide
 from trainer.models import IMAGE_CHANNELS, count
 from trainer.sample_noise import SampleNoise
-from trainer.sampling_config import SamplingConfig
 
 Progress = Callable[[], object]  # called after every network call
 

@@ -19,7 +19,7 @@ from cluster.files.verdicts import ask_to_stop, read_verdict, remove_verdict, wr
 from cluster.scheduling.jobs import Changes
 from data_pipeline.errors import ConfigError
 from data_pipeline.files import mark_of
-from trainer.config import load_config
+from trainer.config.run import load_config
 from trainer.tracking.records import TrainRecord
 
 STUDY = """

@@ -10,7 +10,7 @@ from cluster.definition.spec import load_study
 from cluster.definition.trials import make_trials
 from cluster.files.folder import StudyFolder
 from data_pipeline.errors import ConfigError
-from trainer.config import load_config
+from trainer.config.run import load_config
 from trainer.run_folder import RunFolder
 
 STUDY = """

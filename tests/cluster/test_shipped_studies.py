@@ -17,7 +17,7 @@ from cluster.definition.trials import Trial, make_trials
 from cluster.files.folder import StudyFolder
 from evaluation.scaling.__main__ import main as scaling
 from evaluation.scaling.points import Point, write_csv
-from trainer.config import RunConfig
+from trainer.config.run import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]
 STUDIES = ROOT / "configs" / "studies"
@@ -39,7 +39,7 @@ def two_steps(config: RunConfig, data: Path, folder: Path) -> None:
         "train.sample_grid.num_images=0", "data.num_workers=0", "engine.precision=fp32", "engine.num_cpu_threads=2",
         f"data.train={data}", f"run.folder={folder / 'run'}",
     ]  # fmt: skip
-    from trainer.config import save_config
+    from trainer.config.run import save_config
 
     save_config(config, folder / "trial.yaml")
     command = [sys.executable, "trainer/run.py", "--config", str(folder / "trial.yaml"), *overrides]

@@ -27,7 +27,7 @@ from cluster.launch import job_server
 from cluster.launch.job_server import JobServer
 from cluster.submit import submit_study, write_package
 from data_pipeline.errors import UserError
-from trainer.config import load_config
+from trainer.config.run import load_config
 from trainer.ports import free_port
 
 ROOT = Path(__file__).resolve().parents[2]

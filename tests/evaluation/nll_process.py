@@ -7,8 +7,8 @@ import torch
 from numpy.typing import NDArray
 
 from evaluation.nll.terms import Conditioner
+from trainer.config.diffusion import DiffusionConfig
 from trainer.diffusion.gaussian import Denoiser, GaussianDiffusion
-from trainer.diffusion_config import DiffusionConfig
 
 
 def make_process(num_timesteps: int, respacing: str | None = None) -> GaussianDiffusion:

@@ -33,9 +33,9 @@ from evaluation.results import artifacts_of, chunks_of, key_of, result_path, wri
 from evaluation.subject import identity_in_manifest, open_subject, weights_identity
 from evaluation.table import records_in
 from trainer.checkpoint import verify
+from trainer.config.sampling import SamplingConfig
 from trainer.diffusion.thresholding import static
 from trainer.export import Export, open_export
-from trainer.sampling_config import SamplingConfig
 from trainer.tracking.records import read_eval_records, read_result
 
 ROOT = Path(__file__).resolve().parents[2]

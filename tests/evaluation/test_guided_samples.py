@@ -17,8 +17,8 @@ from data_pipeline.errors import UserError
 from evaluation.evaluate import _parser, _request, evaluate
 from evaluation.request import EvalRequest
 from evaluation.sample import main as sample_command
+from trainer.config.sampling import SamplingConfig
 from trainer.export import open_export
-from trainer.sampling_config import SamplingConfig
 
 
 @pytest.fixture(scope="module")

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from data_pipeline.dataset import ShardDataset
 from data_pipeline.errors import ConfigError, UserError
 from evaluation.interpolate import Ends, Interpolation, main, read_depths, read_ends
+from trainer.config.sampling import SamplingConfig
 from trainer.diffusion.gaussian import GaussianDiffusion
 from trainer.diffusion.interpolation import slerp
 from trainer.sampling import Stage
-from trainer.sampling_config import SamplingConfig
 
 CPU = torch.device("cpu")
 

@@ -15,10 +15,10 @@ from random_stage import make_export, make_stage
 
 from data_pipeline.errors import ConfigError, UserError
 from evaluation.progressive import Progressive, main
+from trainer.config.diffusion import DiffusionConfig
 from trainer.diffusion.gaussian import GaussianDiffusion
 from trainer.diffusion.progressive import Recorder, evenly
 from trainer.diffusion.samplers import SAMPLERS
-from trainer.diffusion_config import DiffusionConfig
 from trainer.sample_noise import SampleNoise
 from trainer.sampling import Stage, sample
 

@@ -32,7 +32,7 @@ from evaluation.sample_place import Place
 from evaluation.sample_request import Request
 from evaluation.sampling_job import sample_chunks
 from trainer.cascade import sample_cascade
-from trainer.config import load_config
+from trainer.config.run import load_config
 from trainer.diffusion.samplers import to_uint8
 from trainer.export import open_export
 from trainer.sampling import sample

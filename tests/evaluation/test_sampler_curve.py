@@ -13,7 +13,7 @@ from random_stage import make_export, make_stage
 from data_pipeline.errors import ConfigError, UserError
 from evaluation.request import EvalRequest
 from evaluation.sampler_curve import BOUND, Way, main, read_calls, read_ways, requests
-from trainer.diffusion_config import DiffusionConfig
+from trainer.config.diffusion import DiffusionConfig
 from trainer.export import Export, open_export
 from trainer.sampling import num_calls
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.conditions import Conditions
-from trainer.config import load_config
+from trainer.config.run import load_config
 from trainer.diagnosis import Recomputed, diagnose
 from trainer.engine import Engine
 from trainer.models import build_model

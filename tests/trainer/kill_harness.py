@@ -31,7 +31,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from trainer.checkpoint import MANIFEST, list_checkpoints, verify
-from trainer.config import load_config
+from trainer.config.run import load_config
 from trainer.ports import free_port
 from trainer.tracking.records import read_train_records
 

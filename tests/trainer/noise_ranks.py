@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from trainer.conditions import Conditions
-from trainer.config import load_config
+from trainer.config.run import load_config
 from trainer.engine import Engine
 from trainer.models import build_model
 from trainer.noise_scale import NoiseScale

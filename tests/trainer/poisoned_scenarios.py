@@ -18,7 +18,7 @@ import torch
 
 import trainer.loop as loop
 from data_pipeline.errors import UserError
-from trainer.config import load_config
+from trainer.config.run import load_config
 from trainer.loop import Run, train
 from trainer.processes import StopRequest, start_processes
 from trainer.watchdog import Watchdog

@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from pydantic import ValidationError
 
-from trainer.config import to_yaml
-from trainer.diffusion_config import DiffusionConfig
-from trainer.model_config import ClassifierConfig, EncoderConfig, UNetConfig
+from trainer.config.diffusion import DiffusionConfig
+from trainer.config.model import ClassifierConfig, EncoderConfig, UNetConfig
+from trainer.config.run import to_yaml
 from trainer.models import build_model, count
 from trainer.models.blocks import Attention, Downsample, ResBlock, Upsample
 from trainer.models.encoder import EncoderNetwork

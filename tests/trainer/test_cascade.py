@@ -15,12 +15,12 @@ from torch import Tensor
 from data_pipeline.counter_rng import Stream
 from data_pipeline.errors import ConfigError, UserError
 from trainer.cascade import check_augmentation, sample_cascade, step_reached, stops, total_calls
-from trainer.config import load_config
+from trainer.config.run import load_config
+from trainer.config.sampling import SamplingConfig
 from trainer.diffusion.low_res_noise import LowResNoise
 from trainer.diffusion.samplers import to_uint8
 from trainer.sample_noise import SampleNoise
 from trainer.sampling import Stage, draw, predictor_of, run_sampler, sample
-from trainer.sampling_config import SamplingConfig
 
 SMALL = ("model.image_size=4", "model.attention_resolutions=[]", "model.channel_mult=[1]", "name=small")
 MIDDLE = ("model.image_size=8", "model.low_res_size=4", "model.attention_resolutions=[]", "name=middle")

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from pydantic import ValidationError
 
 from trainer.activations import activations
-from trainer.diffusion_config import DiffusionConfig
-from trainer.model_config import ClassifierConfig
+from trainer.config.diffusion import DiffusionConfig
+from trainer.config.model import ClassifierConfig
 from trainer.models import build_model, count
 from trainer.models.classifier import HIDDEN, AttentionPool, Classifier
 

@@ -12,13 +12,13 @@ from mixture_data import SPREAD as CLASS_SPREAD
 from torch import Tensor
 
 from trainer.conditions import Conditions
+from trainer.config.diffusion import DiffusionConfig
 from trainer.diffusion.classifier_guidance import classifier_score
 from trainer.diffusion.gaussian import Denoiser, GaussianDiffusion
 from trainer.diffusion.guidance import guided
 from trainer.diffusion.predictor import Predictor, Score
 from trainer.diffusion.samplers import SAMPLERS
 from trainer.diffusion.thresholding import dynamic
-from trainer.diffusion_config import DiffusionConfig
 
 CONFIG = DiffusionConfig(num_timesteps=1000, objective="simple", variance="fixed_small", rescale_timesteps=False)
 NUM = 4096  # samples

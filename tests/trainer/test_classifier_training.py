@@ -13,7 +13,7 @@ from ranks import run_ranks
 from data_pipeline.errors import ConfigError
 from evaluation.evaluate import evaluate
 from evaluation.request import EvalRequest
-from trainer.config import load_config
+from trainer.config.run import load_config
 from trainer.diffusion.gaussian import GaussianDiffusion
 from trainer.export import open_export
 from trainer.inputs import open_dataset

@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.errors import ConfigError
-from trainer.config import RunConfig, load_config, save_config
-from trainer.model_config import ClassifierConfig
+from trainer.config.model import ClassifierConfig
+from trainer.config.run import RunConfig, load_config, save_config
 from trainer.run_folder import check_same_run
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = sorted((ROOT / "configs" / "runs").rglob("*.yaml"))
 
 
-@pytest.mark.parametrize("module", ["trainer.config", "cluster.definition.spec"])
+@pytest.mark.parametrize("module", ["trainer.config.run", "cluster.definition.spec"])
 def test_reading_a_config_takes_no_torch(module: str) -> None:
     """Commands that only read one answer at once."""
     code = f"import sys, {module}; assert 'torch' not in sys.modules"

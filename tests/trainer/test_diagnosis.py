@@ -10,9 +10,9 @@ import torch
 from ranks import run_ranks
 from torch import Tensor, nn
 
+from trainer.config.diffusion import DiffusionConfig
+from trainer.config.model import UNetConfig
 from trainer.diagnosis import Recomputed, diagnose
-from trainer.diffusion_config import DiffusionConfig
-from trainer.model_config import UNetConfig
 from trainer.models import build_model
 from trainer.processes import Processes
 

@@ -12,10 +12,10 @@ from gaussian_data import MEAN, SPREAD, exact_output, second_output
 from scipy import integrate, stats
 from torch import Tensor
 
+from trainer.config.diffusion import DiffusionConfig, Quantity
 from trainer.diffusion.gaussian import GaussianDiffusion
 from trainer.diffusion.likelihoods import discretized_log_likelihood, normal_kl
 from trainer.diffusion.thresholding import static
-from trainer.diffusion_config import DiffusionConfig, Quantity
 
 FIXED = DiffusionConfig(num_timesteps=200, variance="fixed_small", objective="simple", rescale_timesteps=False)
 QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)

@@ -20,19 +20,19 @@ from evaluation.evaluate import evaluate
 from evaluation.nll.settings import NllSettings
 from evaluation.request import EvalRequest
 from trainer.activations import LiveBytes, activations, drop_gradients
-from trainer.config import load_config, save_config
+from trainer.config.diffusion import DiffusionConfig
+from trainer.config.model import DiTConfig
+from trainer.config.run import load_config, save_config
+from trainer.config.sampling import SamplingConfig
 from trainer.diagnosis import Recomputed, diagnose
-from trainer.diffusion_config import DiffusionConfig
 from trainer.export import open_export
 from trainer.interop import improved_diffusion
 from trainer.interop.convert import meta_network
 from trainer.memory import memory_of
-from trainer.model_config import DiTConfig
 from trainer.models import build_model, count, random_inputs
 from trainer.models.dit import DiT, image, patches, position_embedding
 from trainer.processes import Processes
 from trainer.sampling import Stage, sample
-from trainer.sampling_config import SamplingConfig
 from trainer.tracking.records import read_train_records
 
 LEARNED = DiffusionConfig()

@@ -13,10 +13,10 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from data_pipeline.errors import ConfigError
-from trainer.config import load_config
-from trainer.ema import ShardedEma
-from trainer.ema_fit import Stored, fit_exponential, fit_power, inner, power_weights, step_weights
-from trainer.ema_rules import SIGMA_REL_BOUND, Exponential, PowerProfile, sigma_rel_of
+from trainer.averages.fit import Stored, fit_exponential, fit_power, inner, power_weights, step_weights
+from trainer.averages.rules import SIGMA_REL_BOUND, Exponential, PowerProfile, sigma_rel_of
+from trainer.averages.sharded import ShardedEma
+from trainer.config.run import load_config
 from trainer.engine import Fragment
 
 LENGTHS = (0.01, 0.05, 0.1, 0.2, 0.28)

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from data_pipeline.errors import ConfigError
 from trainer import deepspeed_settings as deepspeed_settings_module
+from trainer.averages.rules import Exponential, PowerProfile
 from trainer.checkpoint import CheckpointReader, list_checkpoints, newest_valid
-from trainer.config import RunConfig, load_config
+from trainer.config.run import RunConfig, load_config
 from trainer.deepspeed_settings import deepspeed_settings
-from trainer.ema_rules import Exponential, PowerProfile
 from trainer.export import open_export
 from trainer.memory import memory_of
 from trainer.tracking.records import TrainRecord, read_train_records

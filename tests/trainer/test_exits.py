@@ -11,7 +11,7 @@ import torch
 from ranks import start_ranks
 
 from data_pipeline.errors import AgreedError, ConfigError, DiskFullError
-from trainer.config import load_config
+from trainer.config.run import load_config
 from trainer.exits import BusyError, DivergedError, Exit, OutOfMemoryError, explained, failure
 from trainer.memory import with_micro_batch
 from trainer.out_of_memory import naming_the_memorys_remedies

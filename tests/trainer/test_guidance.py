@@ -13,11 +13,11 @@ from torch import Tensor
 from data_pipeline.errors import UserError
 from trainer.cascade import sample_cascade
 from trainer.conditions import Conditions
+from trainer.config.diffusion import DiffusionConfig
+from trainer.config.sampling import SamplingConfig
 from trainer.diffusion.gaussian import GaussianDiffusion
 from trainer.diffusion.guidance import guided, mixed, num_calls_a_step
-from trainer.diffusion_config import DiffusionConfig
 from trainer.sampling import Stage, check_guidance, sample
-from trainer.sampling_config import SamplingConfig
 
 CLASSES = ("model.num_classes=4", "model.null_class=true")
 X = torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0))

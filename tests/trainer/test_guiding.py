@@ -13,13 +13,13 @@ from torch import Tensor
 
 from data_pipeline.errors import ConfigError, UserError
 from trainer.cascade import sample_cascade
-from trainer.config import RunConfig, load_config
+from trainer.config.run import RunConfig, load_config
+from trainer.config.sampling import SamplingConfig
 from trainer.diffusion.gaussian import GaussianDiffusion
 from trainer.export import open_export
 from trainer.guiding import check_guide, guide_flops, samples_said
 from trainer.models import count
 from trainer.sampling import Stage, sample, sample_flops
-from trainer.sampling_config import SamplingConfig
 
 CLASSES = ("model.num_classes=4", "model.null_class=true")
 

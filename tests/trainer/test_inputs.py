@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from data_pipeline.errors import ConfigError
-from trainer.config import load_config
+from trainer.config.run import load_config
 from trainer.inputs import NO_LABEL, InputSource, open_dataset
 from trainer.processes import Processes
 from trainer.step_inputs import StepInputs

@@ -16,7 +16,7 @@ import torch
 from data_pipeline.counter_rng import Stream, uniform
 from data_pipeline.dataset import ShardDataset
 from data_pipeline.order import EpochOrder
-from trainer.config import RunConfig, load_config
+from trainer.config.run import RunConfig, load_config
 from trainer.inputs import InputSource, open_dataset
 from trainer.processes import Processes
 

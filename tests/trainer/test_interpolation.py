@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
+from trainer.config.diffusion import DiffusionConfig
 from trainer.diffusion.gaussian import GaussianDiffusion
 from trainer.diffusion.interpolation import lerp, slerp
 from trainer.diffusion.thresholding import static
-from trainer.diffusion_config import DiffusionConfig
 
 WEIGHTS = torch.linspace(0, 1, 5, dtype=torch.float64)
 

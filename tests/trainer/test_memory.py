@@ -15,11 +15,11 @@ from benchmarks.memory import run_job
 from data_pipeline.errors import ConfigError, UserError
 from trainer import micro_batch
 from trainer.activations import AsOnGpu, LiveBytes, _history, activations, drop_gradients
-from trainer.config import RunConfig, load_config
-from trainer.diffusion_config import DiffusionConfig
+from trainer.config.diffusion import DiffusionConfig
+from trainer.config.model import UNetConfig
+from trainer.config.run import RunConfig, load_config
 from trainer.memory import Memory, largest_that_fits, memory_of, with_micro_batch
 from trainer.micro_batch import Room, search, with_largest_micro_batch
-from trainer.model_config import UNetConfig
 from trainer.models import build_model, count, random_inputs
 from trainer.processes import Processes
 

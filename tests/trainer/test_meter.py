@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from trainer.config import RunConfig
+from trainer.config.run import RunConfig
 from trainer.diffusion.objectives import Losses
 from trainer.meter import Meter
 from trainer.processes import Processes

@@ -20,7 +20,7 @@ from ranks import ROOT
 from data_pipeline.errors import UserError
 from data_pipeline.files import file_entry, write_json
 from trainer.checkpoint import verify
-from trainer.config import load_config
+from trainer.config.run import load_config
 from trainer.mirror import MirrorProcess
 from trainer.mirror_files import Cursor, held, is_mirrored
 from trainer.mirror_pull import Pull

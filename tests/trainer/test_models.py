@@ -10,8 +10,8 @@ import torch.nn.functional as F
 
 from benchmarks.roofline import layers_of
 from benchmarks.unet_step import CPU_PRESETS, PRESETS
-from trainer.diffusion_config import DiffusionConfig, LowResNoiseConfig
-from trainer.model_config import DiTConfig, ModelConfig, UNetConfig
+from trainer.config.diffusion import DiffusionConfig, LowResNoiseConfig
+from trainer.config.model import DiTConfig, ModelConfig, UNetConfig
 from trainer.models import build_model, count
 from trainer.models.blocks import GroupNorm, PointwiseConv, Upsample, attend
 

@@ -9,9 +9,9 @@ import torch
 from gaussian_data import exact_output
 from torch import Tensor
 
+from trainer.config.diffusion import DiffusionConfig, Quantity
 from trainer.diffusion.gaussian import GaussianDiffusion
 from trainer.diffusion.objectives import Losses, classification_losses, part_names, training_losses
-from trainer.diffusion_config import DiffusionConfig, Quantity
 
 QUANTITIES: tuple[Quantity, ...] = get_args(Quantity)
 

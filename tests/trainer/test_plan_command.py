@@ -10,7 +10,7 @@ import pytest
 
 from data_pipeline.errors import ConfigError, UserError
 from trainer import plan as plan_module
-from trainer.config import load_config
+from trainer.config.run import load_config
 from trainer.memory import memory_of
 from trainer.milestones import Milestones
 from trainer.models import count

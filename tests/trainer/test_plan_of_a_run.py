@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from trainer.config import load_config
+from trainer.config.run import load_config
 from trainer.milestones import Milestones
 from trainer.models import ModelCost
 

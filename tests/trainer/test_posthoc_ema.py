@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from data_pipeline.errors import UserError
 from trainer import posthoc_ema
+from trainer.averages.rules import PowerProfile
 from trainer.checkpoint import CheckpointReader, list_checkpoints
-from trainer.ema_rules import PowerProfile
 from trainer.export import open_export, write_export
 from trainer.mirror_files import parts_of
 from trainer.posthoc_ema import main, open_snapshots, reconstruct

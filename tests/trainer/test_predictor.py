@@ -11,11 +11,11 @@ from gaussian_data import MEAN, SPREAD, exact_denoiser, expected_x0
 from torch import Tensor
 
 from data_pipeline.errors import ConfigError
+from trainer.config.diffusion import DiffusionConfig
 from trainer.diffusion.gaussian import GaussianDiffusion
 from trainer.diffusion.predictor import Predictor, Score
 from trainer.diffusion.samplers import SAMPLERS
 from trainer.diffusion.thresholding import dynamic, static
-from trainer.diffusion_config import DiffusionConfig
 from trainer.sample_noise import SampleNoise
 
 CONFIG = DiffusionConfig(num_timesteps=1000, variance="learned", rescale_timesteps=False)

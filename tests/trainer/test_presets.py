@@ -9,11 +9,11 @@ import pytest
 
 from data_pipeline.errors import ConfigError
 from trainer.cascade import check_augmentation, check_cascade
-from trainer.config import load_config
+from trainer.config.model import ClassifierConfig, EncoderConfig
+from trainer.config.run import load_config
+from trainer.config.sampling import SamplingConfig
 from trainer.interop.presets import find_preset, preset_names
-from trainer.model_config import ClassifierConfig, EncoderConfig
 from trainer.models import count
-from trainer.sampling_config import SamplingConfig
 
 K = 1000
 NOT_PUBLISHED = {

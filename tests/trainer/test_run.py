@@ -22,7 +22,7 @@ from ranks import ROOT, run_ranks, start_ranks
 from data_pipeline.dataset import ShardDataset
 from data_pipeline.errors import AgreedError, disk_message
 from data_pipeline.order import EpochOrder
-from trainer.config import load_config
+from trainer.config.run import load_config
 from trainer.exits import Exit
 from trainer.export import open_export
 from trainer.grid import save_grid

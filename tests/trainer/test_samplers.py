@@ -15,14 +15,14 @@ from torch import Tensor
 
 from data_pipeline.errors import UserError
 from trainer.cascade import check_cascade, sample_cascade
-from trainer.config import load_config
+from trainer.config.diffusion import DiffusionConfig
+from trainer.config.run import load_config
+from trainer.config.sampling import SamplingConfig
 from trainer.diffusion.gaussian import GaussianDiffusion
 from trainer.diffusion.predictor import Predictor
 from trainer.diffusion.samplers import SAMPLERS, to_uint8
-from trainer.diffusion_config import DiffusionConfig
 from trainer.sample_noise import SampleNoise
 from trainer.sampling import Stage, sample
-from trainer.sampling_config import SamplingConfig
 
 FIXED = DiffusionConfig(num_timesteps=200, variance="fixed_small", objective="simple", rescale_timesteps=False)
 

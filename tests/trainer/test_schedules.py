@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from scipy.special import expit
 
 from data_pipeline.errors import ConfigError
+from trainer.config.diffusion import STEEPEST, DiffusionConfig
 from trainer.diffusion.gaussian import GaussianDiffusion
 from trainer.diffusion.respacing import count_timesteps, space_timesteps
 from trainer.diffusion.schedules import Schedule, cosine_betas, linear_betas, make_schedule, sigmoid_betas
-from trainer.diffusion_config import STEEPEST, DiffusionConfig
 
 
 def test_published_constants() -> None:

@@ -16,12 +16,12 @@ from torch import Tensor
 
 from benchmarks.correlated_data import COVARIANCE, DIM, MEAN, SHAPE, affine_map, predictor_of
 from benchmarks.solvers import CONTESTANTS, Contestant, on_smooth_grid, order_of
+from trainer.config.diffusion import DiffusionConfig
 from trainer.diffusion.gaussian import GaussianDiffusion
 from trainer.diffusion.predictor import Predictor
 from trainer.diffusion.samplers import SAMPLERS
 from trainer.diffusion.samplers.inversion import ddim_inversion
 from trainer.diffusion.samplers.langevin import langevin
-from trainer.diffusion_config import DiffusionConfig
 
 CONFIG = DiffusionConfig(num_timesteps=1000, variance="fixed_small", objective="simple", rescale_timesteps=False)
 NOTHING, EYE = torch.zeros(DIM, dtype=torch.float64), torch.eye(DIM, dtype=torch.float64)

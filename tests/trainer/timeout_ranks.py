@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from trainer.config import load_config
+from trainer.config.run import load_config
 from trainer.engine import Engine
 from trainer.models import build_model
 from trainer.processes import StopAgreement, start_processes

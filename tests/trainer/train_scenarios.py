@@ -12,7 +12,7 @@ import os
 import sys
 from pathlib import Path
 
-from trainer.config import load_config
+from trainer.config.run import load_config
 from trainer.loop import train
 from trainer.processes import StopRequest, start_processes
 from trainer.watchdog import Watchdog

@@ -15,10 +15,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from trainer.config.diffusion import LEARNED, DiffusionConfig, Quantity, Variance
 from trainer.diffusion.likelihoods import discretized_log_likelihood, mean_bits, normal_kl
 from trainer.diffusion.schedules import Schedule, make_schedule
 from trainer.diffusion.thresholding import Threshold
-from trainer.diffusion_config import LEARNED, DiffusionConfig, Quantity, Variance
 
 # A denoiser: (x_t [B, C, H, W], network time [B]) -> the network's output [B, C or 2C, H, W].
 Denoiser = Callable[[Tensor, Tensor], Tensor]

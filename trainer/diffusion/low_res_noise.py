@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from trainer.config.diffusion import DiffusionConfig
 from trainer.diffusion.gaussian import GaussianDiffusion
-from trainer.diffusion_config import DiffusionConfig
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trainer.config.diffusion import DiffusionConfig
 from trainer.diffusion.gaussian import GaussianDiffusion, Prediction
-from trainer.diffusion_config import DiffusionConfig
 
 TOP = 5  # classes: "top 5" is asked where there are as many
 

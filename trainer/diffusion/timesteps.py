@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from trainer.diffusion_config import DiffusionConfig
+from trainer.config.diffusion import DiffusionConfig
 
 HISTORY = 10  # losses remembered of each timestep (Nichol & Dhariwal 2021, section 3.3)
 UNIFORM_SHARE = 0.001  # of the draws stay uniform, so that no timestep is ever forgotten

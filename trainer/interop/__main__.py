@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from data_pipeline.errors import ConfigError, run_cli
-from trainer.config import load_config
+from trainer.config.run import load_config
 from trainer.interop import FORMATS
 from trainer.interop.convert import export_checkpoint, import_checkpoint
 from trainer.interop.presets import find_preset

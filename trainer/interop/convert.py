@@ -12,13 +12,13 @@ from torch import Tensor
 
 from data_pipeline.errors import ConfigError, UserError
 from data_pipeline.files import sha256_file
-from trainer.config import RunConfig, load_config, to_yaml
+from trainer.config.model import EncoderConfig
+from trainer.config.run import RunConfig, load_config, to_yaml
 from trainer.export import Weights, export_info, open_export, save_export
 from trainer.interop import FORMATS
 from trainer.interop.format import FileName, Format, Pair, Shape, meta_network
 from trainer.interop.presets import find_preset, preset_names
 from trainer.interop.pt_files import check_is_file, read_pt, write_pt
-from trainer.model_config import EncoderConfig
 from trainer.models import count
 
 UNKNOWN_DATA = "unknown"  # stands for the fingerprint of the training data

@@ -9,9 +9,9 @@ from typing import Protocol
 import torch
 
 from data_pipeline.errors import ConfigError
-from trainer.config import RunConfig
+from trainer.config.model import EncoderConfig
+from trainer.config.run import RunConfig
 from trainer.export import Weights
-from trainer.model_config import EncoderConfig
 from trainer.models import build_model
 from trainer.models.encoder import EncoderNetwork
 

@@ -6,7 +6,8 @@ import re
 from collections.abc import Iterator
 
 from data_pipeline.errors import ConfigError
-from trainer.config import RunConfig
+from trainer.config.model import ClassifierConfig, EncoderConfig
+from trainer.config.run import RunConfig
 from trainer.interop.format import FileName, encoder_of
 from trainer.interop.openai_unet import (
     attention_sizes,
@@ -20,7 +21,6 @@ from trainer.interop.openai_unet import (
     widths_problem,
 )
 from trainer.interop.traits import differing_settings
-from trainer.model_config import ClassifierConfig, EncoderConfig
 
 __all__ = ["differing_settings", "flags", "pairs", "read_name", "refusals"]
 

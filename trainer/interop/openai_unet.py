@@ -9,9 +9,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping
 
-from trainer.config import RunConfig
+from trainer.config.model import ClassifierConfig
+from trainer.config.run import RunConfig
 from trainer.interop.format import FileName, Pair, encoder_of
-from trainer.model_config import ClassifierConfig
 from trainer.models.blocks import ResBlock
 from trainer.models.encoder import EncoderNetwork, UNetBlock
 from trainer.models.unet import UNet

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 
-from trainer.config import RunConfig
+from trainer.config.run import RunConfig
 from trainer.interop.format import Shape, encoder_of, meta_network
 from trainer.interop.openai_unet import POOLS, pairs
 

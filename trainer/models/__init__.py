@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from trainer.conditions import Conditions
-from trainer.diffusion_config import DiffusionConfig
-from trainer.model_config import ClassifierConfig, ModelConfig
+from trainer.config.diffusion import DiffusionConfig
+from trainer.config.model import ClassifierConfig, ModelConfig
 from trainer.models.classifier import Classifier
 from trainer.models.dit import DiT
 from trainer.models.unet import UNet

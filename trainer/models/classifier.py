@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.model_config import ClassifierConfig
+from trainer.config.model import ClassifierConfig
 from trainer.models.blocks import GroupNorm, PointwiseConv, attend, zeroed
 from trainer.models.encoder import EncoderNetwork
 

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.model_config import DiTConfig
+from trainer.config.model import DiTConfig
 from trainer.models.blocks import LowResTimeEmbedding, attend, timestep_embedding
 from trainer.models.network import Network
 

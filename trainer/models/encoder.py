@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.model_config import EncoderConfig
+from trainer.config.model import EncoderConfig
 from trainer.models.blocks import (
     Attention,
     Downsample,

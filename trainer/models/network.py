@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from trainer.model_config import ModelConfig
+from trainer.config.model import ModelConfig
 
 ConfigT = TypeVar("ConfigT", bound=ModelConfig)
 

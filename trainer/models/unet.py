@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from trainer.model_config import UNetConfig
+from trainer.config.model import UNetConfig
 from trainer.models.blocks import GroupNorm, zeroed
 from trainer.models.encoder import EncoderNetwork, UNetBlock
 

@@ -6,8 +6,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Discriminator, Field, PlainSerializer, Tag, model_validator
 
-from trainer.diffusion_config import LowResNoiseConfig
-from trainer.section import Section
+from trainer.config.diffusion import LowResNoiseConfig
+from trainer.config.section import Section
 
 
 class ModelConfig(Section):

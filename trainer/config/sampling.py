@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from trainer.section import Section
+from trainer.config.section import Section
 
 SamplerName = Literal["ancestral", "ddim", "euler", "heun", "dpmpp_2m", "dpmpp_2s", "dpmpp_2m_sde"]
 ThresholdName = Literal["static", "dynamic", "none"]

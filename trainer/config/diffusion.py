@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from trainer.section import Section
+from trainer.config.section import Section
 
 # What a network can predict, and what L_simple can be the squared error of.
 Quantity = Literal["eps", "x0", "v", "previous_mean"]

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from trainer.ema_rules import DecayRule
+from trainer.averages.rules import DecayRule
 from trainer.engine import Fragment
 
 

@@ -26,13 +26,13 @@ from pydantic import (
 
 from data_pipeline.errors import ConfigError
 from data_pipeline.files import write_atomic
+from trainer.averages.rules import SIGMA_REL_BOUND, DecayRule, Exponential, PowerProfile
+from trainer.config.diffusion import DiffusionConfig
+from trainer.config.model import NETWORK_CONFIGS, AnyModel, ClassifierConfig, ModelConfig
+from trainer.config.sampling import SamplingConfig
+from trainer.config.section import Place, Section
 from trainer.diffusion.respacing import count_timesteps
-from trainer.diffusion_config import DiffusionConfig
-from trainer.ema_rules import SIGMA_REL_BOUND, DecayRule, Exponential, PowerProfile
 from trainer.mirror_store import shown, url_problem
-from trainer.model_config import NETWORK_CONFIGS, AnyModel, ClassifierConfig, ModelConfig
-from trainer.sampling_config import SamplingConfig
-from trainer.section import Place, Section
 
 
 class RemoteConfig(Section):

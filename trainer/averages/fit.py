@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from trainer.ema_rules import Exponential, PowerProfile
+from trainer.averages.rules import Exponential, PowerProfile
 
 Array = NDArray[np.float64]
 
