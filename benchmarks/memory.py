@@ -24,7 +24,8 @@ from benchmarks.unet_step import machine
 from data_pipeline.errors import UserError, run_cli
 from data_pipeline.files import write_json
 from trainer.averages.sharded import ShardedEma
-from trainer.config.run import RunConfig, validate
+from trainer.config.run import RunConfig
+from trainer.config.tree import validate
 from trainer.engine import Engine
 from trainer.memory import memory_of
 from trainer.models import build_model, random_inputs

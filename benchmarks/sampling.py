@@ -32,8 +32,9 @@ from evaluation.device import pick_device
 from evaluation.sample_files import Images, write_npz
 from evaluation.sampling_job import sample_chunks
 from trainer.config.model import ModelConfig
-from trainer.config.run import RunConfig, validate
+from trainer.config.run import RunConfig
 from trainer.config.sampling import SamplingConfig
+from trainer.config.tree import validate
 from trainer.export import open_export
 from trainer.grid import save_grid
 from trainer.models import IMAGE_CHANNELS, build_model

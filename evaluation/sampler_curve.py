@@ -27,8 +27,8 @@ from evaluation.report.text_table import Table
 from evaluation.request import ACCURACY, MEMORISATION, EvalRequest
 from evaluation.results import key_of
 from trainer.config.diffusion import DiffusionConfig
-from trainer.config.run import validate
 from trainer.config.sampling import SamplingConfig
+from trainer.config.tree import validate
 from trainer.diffusion.respacing import count_timesteps
 from trainer.export import Export, open_export
 from trainer.sampling import num_calls

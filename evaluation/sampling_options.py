@@ -6,8 +6,8 @@ import argparse
 from pathlib import Path
 from typing import Any, get_args
 
-from trainer.config.run import validate
 from trainer.config.sampling import SamplerName, SamplingConfig, ThresholdName
+from trainer.config.tree import validate
 
 RESPACINGS = "50, 10,15,20, ddim50, quadratic50, logsnr20, karras20"
 _OPTIONS = (

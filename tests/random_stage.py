@@ -7,8 +7,9 @@ from typing import Any
 
 import torch
 
-from trainer.config.run import load_config, to_yaml
+from trainer.config.run import load_config
 from trainer.config.sampling import SamplingConfig
+from trainer.config.tree import to_yaml
 from trainer.export import export_info, save_export
 from trainer.models import build_model
 from trainer.sampling import Stage

@@ -29,7 +29,8 @@ from trainer.checkpoint import (
     remove_old,
 )
 from trainer.conditions import Conditions
-from trainer.config.run import RunConfig, to_yaml
+from trainer.config.run import RunConfig
+from trainer.config.tree import to_yaml
 from trainer.damage import DamageWatch
 from trainer.diagnosis import Recomputed, diagnose
 from trainer.diffusion.gaussian import GaussianDiffusion

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from trainer.config.run import EngineConfig, TrainConfig
+from trainer.config.engine import EngineConfig
+from trainer.config.train import TrainConfig
 
 GROWTH = 2.0  # of the loss scale, after a window without overflows; an overflow divides by it
 

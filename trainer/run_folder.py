@@ -16,7 +16,8 @@ from typing import Any
 
 from data_pipeline.errors import AgreedError, ConfigError, UserError
 from data_pipeline.files import held, write_json
-from trainer.config.run import RunConfig, load_config, save_config
+from trainer.config.run import RunConfig, load_config
+from trainer.config.tree import save_config
 from trainer.exits import BusyError
 
 # Sections and keys that may change between two lives of a run: they decide how and how long, not what.

@@ -14,8 +14,8 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
-from trainer.config.run import merge
 from trainer.config.section import Section
+from trainer.config.tree import merge
 
 # From small to large: light to dark, as in the figures; readable on white and by the colour-blind.
 _COLOURS = ("#86d549", "#35b779", "#20938c", "#2e6e8e", "#404588", "#471365")

@@ -8,7 +8,7 @@ import yaml
 
 from cluster.definition.spec import StudyConfig
 from data_pipeline.files import write_atomic
-from trainer.config.run import read_tree, save_config
+from trainer.config.tree import read_tree, save_config
 
 
 def save_portable(study: StudyConfig, folder: Path, name: str = "study") -> Path:

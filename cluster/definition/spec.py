@@ -14,9 +14,9 @@ from pydantic import Field, FiniteFloat, field_validator, model_validator
 
 from cluster.definition.ladder import OF_THE_STUDY, Ladder
 from data_pipeline.errors import ConfigError
-from trainer.config.run import laid_over, merge, parse_overrides, read_tree, validate
 from trainer.config.sampling import SamplingConfig
 from trainer.config.section import Place, Section
+from trainer.config.tree import laid_over, merge, parse_overrides, read_tree, validate
 from trainer.mirror_store import shown, url_problem
 
 

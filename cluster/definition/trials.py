@@ -13,7 +13,8 @@ import numpy as np
 
 from cluster.definition.spec import Budget, ExtraTrial, StudyConfig, nest
 from data_pipeline.errors import ConfigError
-from trainer.config.run import RunConfig, merge, read_tree, validate
+from trainer.config.run import RunConfig
+from trainer.config.tree import merge, read_tree, validate
 from trainer.models import ModelCost, count
 
 EXTRA_COLOUR = "#8c8c8c"

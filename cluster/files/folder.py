@@ -27,7 +27,8 @@ from cluster.scheduling.jobs import Changes, EvalJob, TrialJob
 from data_pipeline.errors import ConfigError, UserError
 from data_pipeline.files import held, is_locked, write_json
 from trainer.checkpoint import list_checkpoints
-from trainer.config.run import RunConfig, load_config, save_config
+from trainer.config.run import RunConfig, load_config
+from trainer.config.tree import save_config
 from trainer.memory import divisors
 from trainer.run_folder import check_same_run
 from trainer.tracking.records import EvalRecord, TrainRecord, read_result, segments

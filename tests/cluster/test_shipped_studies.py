@@ -39,7 +39,7 @@ def two_steps(config: RunConfig, data: Path, folder: Path) -> None:
         "train.sample_grid.num_images=0", "data.num_workers=0", "engine.precision=fp32", "engine.num_cpu_threads=2",
         f"data.train={data}", f"run.folder={folder / 'run'}",
     ]  # fmt: skip
-    from trainer.config.run import save_config
+    from trainer.config.tree import save_config
 
     save_config(config, folder / "trial.yaml")
     command = [sys.executable, "trainer/run.py", "--config", str(folder / "trial.yaml"), *overrides]

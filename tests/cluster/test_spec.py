@@ -15,7 +15,7 @@ from cluster.definition.trials import Trial, log_spaced, make_trials
 from cluster.files.folder import requests
 from cluster.scheduling.jobs import Resources, Shape
 from data_pipeline.errors import ConfigError
-from trainer.config.run import save_config, validate
+from trainer.config.tree import save_config, validate
 
 STUDY = """
 name: small

@@ -13,8 +13,8 @@ from data_pipeline.errors import ConfigError
 from evaluation.report.tables import metrics_table
 from evaluation.request import EvalRequest
 from evaluation.sampling_options import add_sampling_options, sampling_of
-from trainer.config.run import validate
 from trainer.config.sampling import SamplingConfig
+from trainer.config.tree import validate
 from trainer.diffusion.samplers import SAMPLERS
 from trainer.tracking.points import _eval_key, _way
 from trainer.tracking.records import EvalRecord

@@ -11,7 +11,7 @@ from pydantic import ValidationError
 
 from trainer.config.diffusion import DiffusionConfig
 from trainer.config.model import ClassifierConfig, EncoderConfig, UNetConfig
-from trainer.config.run import to_yaml
+from trainer.config.tree import to_yaml
 from trainer.models import build_model, count
 from trainer.models.blocks import Attention, Downsample, ResBlock, Upsample
 from trainer.models.encoder import EncoderNetwork

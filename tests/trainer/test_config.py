@@ -11,7 +11,8 @@ import pytest
 
 from data_pipeline.errors import ConfigError
 from trainer.config.model import ClassifierConfig
-from trainer.config.run import RunConfig, load_config, save_config
+from trainer.config.run import RunConfig, load_config
+from trainer.config.tree import save_config
 from trainer.run_folder import check_same_run
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -22,8 +22,9 @@ from evaluation.request import EvalRequest
 from trainer.activations import LiveBytes, activations, drop_gradients
 from trainer.config.diffusion import DiffusionConfig
 from trainer.config.model import DiTConfig
-from trainer.config.run import load_config, save_config
+from trainer.config.run import load_config
 from trainer.config.sampling import SamplingConfig
+from trainer.config.tree import save_config
 from trainer.diagnosis import Recomputed, diagnose
 from trainer.export import open_export
 from trainer.interop import improved_diffusion

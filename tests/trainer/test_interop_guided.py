@@ -13,7 +13,8 @@ from openai_networks import Untold, random_state, their_function
 from torch import Tensor
 
 from data_pipeline.errors import ConfigError, UserError
-from trainer.config.run import RunConfig, load_config, to_yaml
+from trainer.config.run import RunConfig, load_config
+from trainer.config.tree import to_yaml
 from trainer.export import Weights, export_info, open_export, save_export
 from trainer.interop import guided_diffusion, improved_diffusion
 from trainer.interop.__main__ import main

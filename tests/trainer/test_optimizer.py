@@ -10,7 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from data_pipeline.errors import ConfigError
-from trainer.config.run import EngineConfig, RunConfig, TrainConfig, load_config
+from trainer.config.engine import EngineConfig
+from trainer.config.run import RunConfig, load_config
+from trainer.config.train import TrainConfig
 from trainer.optimizer import GuardedAdamW, LossScale, learning_rate
 from trainer.run_folder import check_same_run
 

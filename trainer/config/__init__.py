@@ -1,1 +1,1 @@
-"""A run is its config: one file a section; `run` puts them together, reads, merges and checks them."""
+"""A run is its config: a section a file; `run` puts them together, `tree` reads, merges and checks them."""

@@ -13,7 +13,8 @@ from torch import Tensor
 from data_pipeline.errors import ConfigError, UserError
 from data_pipeline.files import sha256_file
 from trainer.config.model import EncoderConfig
-from trainer.config.run import RunConfig, load_config, to_yaml
+from trainer.config.run import RunConfig, load_config
+from trainer.config.tree import to_yaml
 from trainer.export import Weights, export_info, open_export, save_export
 from trainer.interop import FORMATS
 from trainer.interop.format import FileName, Format, Pair, Shape, meta_network
