@@ -95,7 +95,7 @@ class LargeNet:
     resize: int = 0
 
     def __call__(self, images: torch.Tensor) -> Features:
-        raise NotImplementedError
+        raise NotImplementedError("a stand-in with drawn features has none of images")
 
     def drawn(self, num: int) -> Iterator[Arrays]:
         rng = np.random.default_rng(0)

@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from perturbed_networks import perturbed
 from pydantic import ValidationError
 
 from trainer.config.diffusion import DiffusionConfig
@@ -14,7 +15,6 @@ from trainer.config.model import ClassifierConfig, EncoderConfig, UNetConfig
 from trainer.config.tree import to_yaml
 from trainer.models import build_model, count
 from trainer.models.blocks import Attention, Downsample, ResBlock, Upsample
-from trainer.models.encoder import EncoderNetwork
 
 PROCESS = DiffusionConfig()
 BASE: dict[str, Any] = {
@@ -30,17 +30,6 @@ def unet(**settings: Any) -> UNetConfig:
 
 def classifier(**settings: Any) -> ClassifierConfig:
     return ClassifierConfig(**ADM | settings)
-
-
-def perturbed(model: EncoderConfig) -> EncoderNetwork:
-    """A network whose zero-initialised layers are not zero, so that everything matters."""
-    torch.manual_seed(0)
-    network = build_model(model, PROCESS)
-    assert isinstance(network, EncoderNetwork)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return network
 
 
 def inputs() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -7,13 +7,14 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from perturbed_networks import perturbed
 from pydantic import ValidationError
 
 from trainer.activations import activations
 from trainer.config.diffusion import DiffusionConfig
 from trainer.config.model import ClassifierConfig
 from trainer.models import build_model, count
-from trainer.models.classifier import HIDDEN, AttentionPool, Classifier
+from trainer.models.classifier import HIDDEN, AttentionPool
 
 PROCESS = DiffusionConfig()
 POOLS = ("attention", "adaptive", "spatial", "spatial_v2")
@@ -24,17 +25,6 @@ def classifier(**settings: Any) -> ClassifierConfig:
         "image_size": 16, "channels": 8, "channel_mult": (1, 2), "num_res_blocks": 1, "num_heads": 2, "num_classes": 5
     }  # fmt: skip
     return ClassifierConfig(**base | settings)
-
-
-def perturbed(config: ClassifierConfig) -> Classifier:
-    """A network whose zero-initialised layers are not zero, so that everything matters."""
-    torch.manual_seed(0)
-    network = build_model(config, PROCESS)
-    assert isinstance(network, Classifier)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return network
 
 
 @pytest.mark.parametrize("pool", POOLS)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from perturbed_networks import perturbed
 from random_stage import make_export, make_stage
 from ranks import run_ranks
 from safetensors.torch import load_file
@@ -62,17 +63,6 @@ def test_patch_64px_is_as_many_tokens_as_latents_of_256px() -> None:
     latents = count(DiTConfig(image_size=32, size="S", patch_size=2), LEARNED, image_channels=4)
     pixels = count(DiTConfig(image_size=64, size="S", patch_size=4), LEARNED)
     assert pixels.forward_flops == pytest.approx(latents.forward_flops, rel=0.01)
-
-
-def perturbed(model: DiTConfig) -> DiT:
-    """A network without zeros, so that everything matters."""
-    torch.manual_seed(0)
-    network = build_model(model, LEARNED)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    assert isinstance(network, DiT)
-    return network
 
 
 def inputs(model: DiTConfig, batch: int = 3) -> tuple[Tensor | None, ...]:

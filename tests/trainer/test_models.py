@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from perturbed_networks import perturbed
 
 from benchmarks.roofline import layers_of
 from benchmarks.unet_step import CPU_PRESETS, PRESETS
 from trainer.config.diffusion import DiffusionConfig, LowResNoiseConfig
-from trainer.config.model import DiTConfig, ModelConfig, UNetConfig
+from trainer.config.model import DiTConfig, UNetConfig
 from trainer.models import build_model, count
 from trainer.models.blocks import GroupNorm, PointwiseConv, Upsample, attend
 
@@ -64,16 +65,6 @@ def test_shapes_and_zero_start(variance: Any) -> None:
     out = network(torch.randn(2, 3, 16, 16), torch.tensor([0.0, 999.5]), torch.tensor([0, 2]))
     assert out.shape == (2, 3 if variance == "fixed_small" else 6, 16, 16)
     assert (out == 0).all()  # the last convolution starts at zero
-
-
-def perturbed(model: ModelConfig) -> torch.nn.Module:
-    """A network whose zero-initialised layers are not zero, so that everything matters."""
-    torch.manual_seed(0)
-    network = build_model(model, LEARNED)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.add_(0.05 * torch.randn_like(parameter))
-    return network
 
 
 def test_time_class_and_low_resolution_all_reach_the_output() -> None:
